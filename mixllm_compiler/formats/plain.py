@@ -1,0 +1,74 @@
+"""Packing `plain.v1`: the stored tensors one after the other. Read by the reference kernels.
+
+    int32 [N] model row of every packed row, then per width, ascending:
+    codes | fp16 scales | zero points, each section padded to 16 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, Packing, register_packing
+from .neutral import QuantizedWeight, StoredRows
+from .row_format import RowFormat
+
+NAME = "plain.v1"
+_ALIGN = 16
+
+
+def _sections(layout: Layout) -> Iterator[tuple[int, str, torch.dtype, tuple[int, ...]]]:
+    """(width, part, dtype, shape) of every section behind the row order."""
+    g = layout.groups
+    for bits, n in layout.widths:
+        yield bits, "codes", torch.uint8, (n, math.ceil(layout.k * bits / 8))
+        yield bits, "scales", torch.float16, (n, g)
+        if not RowFormat(bits, layout.group, layout.family).symmetric:
+            yield bits, "zeros", torch.uint8, (n, math.ceil(g * bits / 8))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def pack_plain(weight: QuantizedWeight) -> Tensor:
+    """u8 [bytes] on the weight's device."""
+    layout = Layout.of(weight, NAME)
+    parts = [weight.order().to(torch.int32)]
+    for bits, part, _, _ in _sections(layout):
+        parts.append(getattr(weight.rows[bits], part))
+    flat = []
+    for tensor in parts:
+        raw = tensor.contiguous().flatten().view(torch.uint8)
+        flat += [raw, raw.new_zeros(_aligned(raw.numel()) - raw.numel())]
+    return torch.cat(flat)
+
+
+def row_order(blob: Tensor, layout: Layout) -> Tensor:
+    """int32 [N]: model row of every packed row."""
+    return blob[: 4 * layout.n].view(torch.int32)
+
+
+def unpack_plain(blob: Tensor, layout: Layout) -> QuantizedWeight:
+    """Views into the blob, no copies of codes."""
+    at = _aligned(4 * layout.n)
+    found: dict[int, dict[str, Tensor]] = {}
+    for bits, part, dtype, shape in _sections(layout):
+        size = math.prod(shape) * dtype.itemsize
+        found.setdefault(bits, {})[part] = blob[at : at + size].view(dtype).view(shape)
+        at += _aligned(size)
+    order = row_order(blob, layout).long()
+    sizes = torch.tensor([n for _, n in layout.widths], device=blob.device)
+    values = torch.tensor([b for b, _ in layout.widths], device=blob.device, dtype=torch.uint8)
+    widths = torch.empty(layout.n, dtype=torch.uint8, device=blob.device)
+    widths[order] = values.repeat_interleave(sizes, output_size=layout.n)
+    rows = {b: StoredRows(p["codes"], p["scales"], p.get("zeros")) for b, p in found.items()}
+    return QuantizedWeight(
+        layout.n, layout.k, widths, rows, layout.group, layout.family, layout.transform
+    )
+
+
+PLAIN = register_packing(Packing(NAME, pack_plain, unpack_plain))

@@ -1,0 +1,88 @@
+"""Schemas and fake kernels of the semantic ops. Their meaning is in `reference.py`.
+
+A linear y = x Wᵀ + b becomes
+
+    x̂ = hadamard(x, block)                                  only if the weight was rotated
+    codes, scales, sums = quantize_activation(x̂, mode, group)
+    acc = mixed_gemm(codes, scales, sums, packed, layout)   packed row order
+    y = dequantize(acc, scales, sums, packed, layout, bias, dtype)   model row order
+
+Shapes: x [..., K]; codes int8 [..., K'] with K' = K rounded up to whole groups; scales fp32
+[..., G] in mode "group", [..., 1] in mode "token"; sums int32 [..., G], the sum of each group's
+codes; acc fp32 [..., N]; y [..., N]. `packed` is one u8 blob, `layout` the text of its
+`formats.layout.Layout`.
+
+Ops are defined with `Library.define` and one implementation per device: 2.5 µs a call where
+`custom_op` takes 6 to 9.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats.layout import Layout
+from ..formats.row_format import groups_of, padded
+from . import reference
+
+MODES = ("token", "group")
+
+library = torch.library.Library("mixllm", "DEF")
+library.define("hadamard(Tensor x, int block) -> Tensor")
+library.define(
+    "quantize_activation(Tensor x, str mode, int group) -> (Tensor codes, Tensor scales, Tensor sums)"
+)
+library.define(
+    "mixed_gemm(Tensor codes, Tensor scales, Tensor sums, Tensor packed, str layout) -> Tensor"
+)
+library.define(
+    "dequantize(Tensor acc, Tensor scales, Tensor sums, Tensor packed, str layout, Tensor? bias,"
+    " ScalarType dtype) -> Tensor"
+)
+
+# One Python kernel for every device: whoever lowers a graph puts its own ops in.
+library.impl("hadamard", reference.hadamard, "CompositeExplicitAutograd")
+library.impl("quantize_activation", reference.quantize_activation, "CompositeExplicitAutograd")
+library.impl("mixed_gemm", reference.mixed_gemm, "CompositeExplicitAutograd")
+library.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mixllm::hadamard", lib=library)
+def _(x: Tensor, block: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("mixllm::quantize_activation", lib=library)
+def _(x: Tensor, mode: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    k, lead = x.shape[-1], x.shape[:-1]
+    g = groups_of(k, group)
+    return (
+        x.new_empty((*lead, padded(k, group)), dtype=torch.int8),
+        x.new_empty((*lead, 1 if mode == "token" else g), dtype=torch.float32),
+        x.new_empty((*lead, g), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("mixllm::mixed_gemm", lib=library)
+def _(codes: Tensor, scales: Tensor, sums: Tensor, packed: Tensor, layout: str) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], Layout.parse(layout).n), dtype=torch.float32)
+
+
+@torch.library.register_fake("mixllm::dequantize", lib=library)
+def _(
+    acc: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    packed: Tensor,
+    layout: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return acc.new_empty(acc.shape, dtype=dtype)
+
+
+HADAMARD = torch.ops.mixllm.hadamard.default
+QUANTIZE_ACTIVATION = torch.ops.mixllm.quantize_activation.default
+MIXED_GEMM = torch.ops.mixllm.mixed_gemm.default
+DEQUANTIZE = torch.ops.mixllm.dequantize.default
+SEMANTIC = (HADAMARD, QUANTIZE_ACTIVATION, MIXED_GEMM, DEQUANTIZE)

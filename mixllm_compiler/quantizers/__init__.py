@@ -1,0 +1,1 @@
+"""Float rows and their widths in, a `QuantizedWeight` out."""

@@ -1,0 +1,78 @@
+"""Round-to-nearest: every code is the closest one, nothing is corrected afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightError
+from ..formats.neutral import QuantizedWeight, RowCodes
+from ..formats.row_format import DEFAULT_GROUP, RowFormat, groups_of, padded
+
+_FP16_TINY = 2.0**-24  # the smallest positive fp16 number
+_FP16_MAX = 65504.0
+
+
+def quantize_rows(w: Tensor, fmt: RowFormat) -> RowCodes:
+    """Quantize rows W [n, K] (any float dtype) to one format.
+
+    Asymmetric groups always contain zero in their range. A group of one repeated value c is
+    stored as s = |c|, |q − z| = 1: exact whenever c is an fp16 number.
+
+    Raises:
+        WeightError: a value is so large that its scale does not fit fp16.
+    """
+    n, k = w.shape
+    g = groups_of(k, fmt.group)
+    work = torch.float64 if w.dtype == torch.float64 else torch.float32
+    x = torch.nn.functional.pad(w.to(work), (0, padded(k, fmt.group) - k)).view(n, g, fmt.group)
+    lo, hi = x.amin(-1), x.amax(-1)
+    constant = _constant(w, k, fmt.group, x)
+    if fmt.symmetric:
+        top = torch.maximum(hi, -lo)
+        s = _fp16_scale(torch.where(constant, top, top / 127))
+        q = torch.round(x / s.to(work).unsqueeze(-1)).clamp(-127, 127)
+        return RowCodes(fmt, q.view(n, -1)[:, :k].to(torch.int8).contiguous(), s, None)
+    lo, hi = lo.clamp_max(0), hi.clamp_min(0)
+    span = hi - lo
+    s = _fp16_scale(torch.where(constant, span, span / fmt.qmax))
+    wide = s.to(work)
+    z = torch.where(constant, (lo < 0).to(work), torch.round(-lo / wide).clamp(0, fmt.qmax))
+    q = (torch.round(x / wide.unsqueeze(-1)) + z.unsqueeze(-1)).clamp(0, fmt.qmax)
+    codes = q.view(n, -1)[:, :k].to(torch.uint8).contiguous()
+    return RowCodes(fmt, codes, s, z.to(torch.uint8))
+
+
+def _constant(w: Tensor, k: int, group: int, x: Tensor) -> Tensor:
+    """Which groups hold one value only; the padding of a short last group does not count."""
+    lo, hi = x.amin(-1), x.amax(-1)
+    tail = k % group
+    if tail:
+        last = w[:, k - tail :].to(x.dtype)
+        lo, hi = lo.clone(), hi.clone()
+        lo[:, -1], hi[:, -1] = last.amin(-1), last.amax(-1)
+    return lo == hi
+
+
+def _fp16_scale(s: Tensor) -> Tensor:
+    if bool((s > _FP16_MAX).any()):
+        raise WeightError(
+            f"a weight group needs the scale {s.max().item():.3g}, fp16 holds at most 65504; "
+            "rescale the layer or exclude it from quantization"
+        )
+    return torch.where(s > 0, s.clamp_min(_FP16_TINY), torch.ones_like(s)).to(torch.float16)
+
+
+def quantize_rtn(
+    w: Tensor, widths: Tensor, group: int = DEFAULT_GROUP, transform: str = ""
+) -> QuantizedWeight:
+    """Quantize W [N, K] with `widths` uint8 [N] bits per row.
+
+    Deterministic: the same weights and widths give the same bytes.
+    """
+    widths = widths.to(w.device)
+    parts = []
+    for bits in sorted(set(widths.tolist())):
+        rows = (widths == bits).nonzero().flatten()
+        parts.append(quantize_rows(w[rows], RowFormat(int(bits), group)))
+    return QuantizedWeight.assemble(w.shape[0], w.shape[1], widths, parts, transform)

@@ -1,0 +1,1 @@
+"""Function-preserving transforms of a linear's input, as plain mathematics."""
