@@ -1,7 +1,8 @@
 """Packed weights: one u8 blob a matrix, and the short text that says what is in it.
 
 A *packing* is a way to lay a `QuantizedWeight` out in one blob. `plain` lives beside this file
-and is what the reference kernels read; every lowering brings its own. Packings are exact: `unpack(pack(w)) == w`.
+and is what the reference kernels read; every lowering brings its own. Packings are exact:
+`unpack(pack(w)) == w`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Packing `plain.v1`: the stored tensors one after the other. Read by the reference kernels.
 
-    int32 [N] model row of every packed row, then per width, ascending:
-    codes | fp16 scales | zero points, each section padded to 16 bytes.
+int32 [N] model row of every packed row, then per width, ascending:
+codes | fp16 scales | zero points, each section padded to 16 bytes.
 """
 
 from __future__ import annotations

@@ -20,13 +20,15 @@ def quantize_rows(w: Tensor, fmt: RowFormat) -> RowCodes:
     stored as s = |c|, |q − z| = 1: exact whenever c is an fp16 number.
 
     Raises:
-        WeightError: a value is so large that its scale does not fit fp16.
+        WeightError: a value is NaN or infinite, or so large that its scale does not fit fp16.
     """
     n, k = w.shape
     g = groups_of(k, fmt.group)
     work = torch.float64 if w.dtype == torch.float64 else torch.float32
     x = torch.nn.functional.pad(w.to(work), (0, padded(k, fmt.group) - k)).view(n, g, fmt.group)
     lo, hi = x.amin(-1), x.amax(-1)
+    if not bool((lo.isfinite() & hi.isfinite()).all()):
+        raise WeightError("the weights hold NaN or infinite values; check how they were made")
     constant = _constant(w, k, fmt.group, x)
     if fmt.symmetric:
         top = torch.maximum(hi, -lo)

@@ -41,11 +41,20 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     return (x.unflatten(-1, (-1, block)) @ h).flatten(-2)
 
 
-def largest_block(k: int, at_most: int = 128, at_least: int = 32) -> int | None:
-    """The largest power of two from `at_least` to `at_most` that divides K, or None."""
-    block = at_most
-    while block >= at_least:
+def block_for(k: int, wanted: int) -> int:
+    """The largest power of two up to `wanted` that divides K; 0 if that is smaller than 32.
+
+    Tiny blocks spread no outlier (a `wanted` below 32 is taken at its word).
+    """
+    block = wanted
+    while block >= min(32, wanted) and block:
         if k % block == 0:
             return block
         block //= 2
-    return None
+    return 0
+
+
+def transform_of(k: int, wanted: int) -> str:
+    """The transform's name in the stored form: `"hadamard:<block>"`, or "" for none."""
+    block = block_for(k, wanted)
+    return f"hadamard:{block}" if block else ""

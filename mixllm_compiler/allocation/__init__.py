@@ -1,0 +1,1 @@
+"""Which width each output feature of a model gets."""

@@ -1,0 +1,264 @@
+"""From scores and a budget to a plan."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError, OptionError, nearest
+from ..formats.fingerprint import Fingerprint
+from ..formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
+from ..formats.tables import same_place
+from ..salience.scores import Scores
+from .knapsack import knapsack, limits
+from .paper import top_by_bytes, top_by_count
+from .plan import Certificate, Plan, SitePlan
+from .problem import Problem
+
+PRESETS = ("best", "paper")
+PAPER_WIDTHS = (4, 8)
+NOT_SCORED = "not scored"
+
+
+def make_plan(
+    scores: Scores,
+    *,
+    bits: float | None = None,
+    bytes: int | None = None,
+    preset: str = "best",
+    fraction: float = 0.1,
+    widths: tuple[int, ...] | None = None,
+    pins: Mapping[str, int] | None = None,
+    exclude: Iterable[str] = (),
+    float_sites: Mapping[str, str] | None = None,
+    activation_mode: str | None = None,
+    rotation: int = 0,
+) -> Plan:
+    """Allocate widths to all output features of a model at once.
+
+    Args:
+        scores: expected loss of every row in every format.
+        bits: budget in true bits per quantized weight: codes, scales, zero points, row widths.
+        bytes: the same budget as a size; preset "best" needs one of the two.
+        preset: "best": the byte-true knapsack; "paper": the rows with the largest loss in the
+            low width get the high one, `fraction` of all rows or as many as the budget holds.
+        fraction: share of rows, by count, that preset "paper" raises without a budget.
+        widths: bits that rows may have; all that were scored by default. For "paper" the low
+            and the high one, 4 and 8 by default.
+        pins: name pattern → bits of all rows of the matrices it matches; of several patterns the
+            last one decides. Pinned rows count in the budget, not in `fraction`.
+        exclude: name patterns of matrices that stay float; they are outside of the budget.
+        float_sites: name → reason of matrices that stay float anyway, in the fingerprint or not;
+            they only travel with the plan.
+        activation_mode: "token" or "group"; by default "token" if inputs are rotated.
+        rotation: Hadamard block that the scores were made with, 0 for none.
+
+    Patterns are shell-style (`model.layers.*.mlp.*`) and match a matrix's name with or without
+    its `.weight`.
+
+    Raises:
+        BudgetError: the budget is smaller than the smallest plan.
+        OptionError: a pattern matches nothing, a width was not scored, or options contradict.
+    """
+    if preset not in PRESETS:
+        raise OptionError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
+    if bits is not None and bytes is not None:
+        raise OptionError("give the budget as bits or as bytes, not both")
+    if preset == "best" and bits is None and bytes is None:
+        raise OptionError("preset 'best' needs a budget, for example bits=4.4")
+    if not 0 <= fraction <= 1:
+        raise OptionError(f"fraction = {fraction} is no share of rows; give 0 to 1")
+    default = PAPER_WIDTHS if preset == "paper" else scores.widths
+    chosen = tuple(sorted(set(default if widths is None else widths)))
+    kept = dict(float_sites or {})
+    known = [*scores.fingerprint.matrices, *kept]
+    pinned = _pinned(pins or {}, known)
+    _check_widths(chosen, pinned.values(), scores)
+    if preset == "paper" and len(chosen) != 2:
+        raise OptionError(f"preset 'paper' knows a low and a high width, not {chosen}")
+
+    unscored = (name for name in scores.fingerprint.matrices if name not in scores.loss)
+    kept = dict.fromkeys(unscored, NOT_SCORED) | _excluded(exclude, known) | kept
+    names = [name for name in scores.loss if name not in kept]
+    if not names:
+        raise OptionError("no matrix is left to quantize: all are excluded or not scored")
+    problem = Problem.build(scores, names, chosen, pinned)
+    budget = _budget(problem, bits, bytes)
+
+    certificate = None
+    if preset == "best":
+        assert budget is not None
+        room = budget - problem.fixed_bytes
+        solution = knapsack(problem.loss, problem.cost, room, fill=True)
+        choice, predicted = solution.choice, solution.objective
+        certificate = Certificate(solution.objective, solution.bound, solution.gap)
+    else:
+        low, high = chosen
+        choice = _paper(problem, low, high, fraction, budget)
+        predicted = float(problem.loss.gather(1, choice.unsqueeze(1)).sum())
+    rows = problem.widths_of(choice)
+    return Plan(
+        fingerprint=scores.fingerprint,
+        sites={
+            name: SitePlan(*scores.shapes[name], rows[name], scores.group, scores.family)
+            for name in names
+        },
+        float_sites=kept,
+        activation_mode=activation_mode or ("token" if rotation else "group"),
+        rotation=rotation,
+        asked=_asked(preset, bits, bytes, fraction),
+        score_kind=scores.kind,
+        predicted_loss=predicted,
+        certificate=certificate,
+    )
+
+
+def uniform_plan(
+    fingerprint: Fingerprint,
+    shapes: Mapping[str, tuple[int, int]],
+    bits: int,
+    *,
+    group: int = DEFAULT_GROUP,
+    family: str = "asym",
+    exclude: Iterable[str] = (),
+    activation_mode: str | None = None,
+    rotation: int = 0,
+) -> Plan:
+    """Every row of every matrix in `shapes` at `bits` bits: a baseline that needs no scores.
+
+    Args:
+        fingerprint: of the model; what it holds beside `shapes` stays float.
+        shapes: name → (N, K) of the matrices to quantize, e.g. `fingerprint.shapes`.
+        bits: width of all rows.
+        group, family: the rest of their format.
+        exclude, activation_mode, rotation: as for `make_plan`.
+
+    Raises:
+        OptionError: no such format, or a pattern matches nothing.
+    """
+    RowFormat(bits, group, family)
+    float_sites = {name: "not asked for" for name in fingerprint.matrices if name not in shapes}
+    float_sites |= _excluded(exclude, list(fingerprint.matrices))
+    sites = {
+        name: SitePlan(n, k, torch.full((n,), bits, dtype=torch.uint8), group, family)
+        for name, (n, k) in shapes.items()
+        if name not in float_sites
+    }
+    return Plan(
+        fingerprint=fingerprint,
+        sites=sites,
+        float_sites=float_sites,
+        activation_mode=activation_mode or ("token" if rotation else "group"),
+        rotation=rotation,
+        asked=f"{bits} bits in every row",
+    )
+
+
+def _paper(problem: Problem, low: int, high: int, fraction: float, budget: int | None) -> Tensor:
+    """int64 [R] indices of formats by the paper's rule; pinned rows keep what they must have."""
+    at_low, at_high = problem.column(low), problem.column(high)
+    choice = problem.loss.argmin(1)  # a pinned row has one finite loss
+    free = ~problem.pinned
+    score, cost = problem.loss[free, at_low], problem.cost[free]
+    if budget is None:
+        choice[free] = top_by_count(score, fraction, at_low, at_high)
+    else:
+        extra = cost[:, at_high] - cost[:, at_low]
+        pinned = problem.cost[~free].gather(1, choice[~free].unsqueeze(1))
+        spent = problem.fixed_bytes + int(pinned.sum()) + int(cost[:, at_low].sum())
+        choice[free] = top_by_bytes(score, extra, budget - spent, at_low, at_high)
+    taken = problem.loss.gather(1, choice.unsqueeze(1))
+    if bool(taken.isinf().any()):
+        raise OptionError(
+            "preset 'paper' gives a row a width in which its score is infinite; exclude its "
+            "matrix or use preset 'best'"
+        )
+    return choice
+
+
+def _budget(problem: Problem, bits: float | None, bytes: int | None) -> int | None:
+    """The budget in bytes, None if none was given.
+
+    Raises:
+        BudgetError: no plan is that small.
+    """
+    if bits is None and bytes is None:
+        return None
+    if bits is not None and not (math.isfinite(bits) and bits > 0):
+        raise BudgetError(f"bits = {bits} is no budget")
+    weights = problem.weights
+    if bits is not None:
+        budget = int(bits * weights / 8)
+        # Asking for the true bits of another plan must not lose its last byte to rounding.
+        budget += 8 * (budget + 1) / weights <= bits
+    else:
+        assert bytes is not None
+        budget = bytes
+    least, most = (size + problem.fixed_bytes for size in limits(problem.loss, problem.cost))
+    if budget < least:
+        raise BudgetError(
+            f"{8 * budget / weights:.3f} true bits ({budget:,} bytes) cannot be met: the "
+            f"{len(problem.tensors)} matrices take from {8 * least / weights:.3f} bits "
+            f"({least:,} bytes) to {8 * most / weights:.3f} bits ({most:,} bytes) in the widths "
+            "they may have, scales and zero points included. Raise the budget or allow smaller "
+            "widths."
+        )
+    return budget
+
+
+def _asked(preset: str, bits: float | None, bytes: int | None, fraction: float) -> str:
+    if bits is not None:
+        size = f"{bits:.2f} bits" if round(bits, 2) == bits else f"{bits:g} bits"
+    elif bytes is not None:
+        size = f"{bytes:,} bytes"
+    else:
+        return f"paper {100 * fraction:g} %"
+    return f"paper at {size}" if preset == "paper" else size
+
+
+def _check_widths(widths: Sequence[int], pins: Iterable[int], scores: Scores) -> None:
+    if not widths:
+        raise OptionError(f"widths is empty; choose from {scores.widths}")
+    for bits in (*widths, *pins):
+        if bits not in WIDTHS:
+            raise OptionError(f"a row cannot have {bits} bits; widths are {WIDTHS}")
+        if bits not in scores.widths:
+            raise OptionError(
+                f"rows were not scored at {bits} bits, only at "
+                f"{', '.join(map(str, scores.widths))}; score the model with that width too"
+            )
+
+
+def _pinned(pins: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Matrix name → bits; later patterns decide."""
+    return {name: bits for pattern, bits in pins.items() for name in _matching(pattern, names)}
+
+
+def _excluded(patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
+    """Matrix name → why it stays float."""
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    return {name: f"excluded by {p!r}" for p in patterns for name in _matching(p, names)}
+
+
+def _matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """Names that a shell-style pattern matches, with or without `.weight`.
+
+    Raises:
+        OptionError: none does.
+    """
+    found = [
+        name
+        for name in names
+        if fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
+    ]
+    if not found:
+        # A name of the model if one is close, else what there is, without listing every layer.
+        close = difflib.get_close_matches(pattern, names, n=1)
+        known = names if close else {same_place(name) for name in names}
+        raise OptionError(f"no matrix matches {pattern!r}.{nearest(pattern, known)}")
+    return found

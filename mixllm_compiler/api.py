@@ -1,0 +1,269 @@
+"""The Python functions: `compile`, `score`, `plan`, `quantize`, `explain`, `invalidate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import compat
+from .allocation.allocate import make_plan
+from .allocation.plan import Plan
+from .calibration.tokens import DEFAULT_SEQUENCES, calibration_tokens
+from .errors import MixLLMError, PlanMismatch, UnsupportedModel
+from .formats.fingerprint import fingerprint
+from .frames import own_frame
+from .modules import PackedLinear
+from .options import Options
+from .passes.allocate_bits import plan_arguments
+from .passes.annotate_linears import planned_name
+from .passes.score_model import ScoringRun
+from .passes.summary import table
+from .quantizers.rtn import quantize_rtn
+from .runtime import records
+from .runtime.weights import invalidate as _invalidate
+from .salience.scores import Scores
+from .transforms.hadamard import block_hadamard, transform_of
+
+M = TypeVar("M", bound=nn.Module)
+Data = Tensor | Sequence[str] | str | Path
+
+
+def score(
+    model: nn.Module,
+    data: Data = "self",
+    *,
+    kind: str | None = None,
+    tokenizer: Any = None,
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int | None = None,
+    batch: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Scores:
+    """Score every output feature of every linear in every candidate format.
+
+    Args:
+        model: in eval mode, on one device.
+        data: token ids [S, T], texts, a text file, a data set id, or "self" (default): text that
+            the model writes itself.
+        kind: "fisher-sequence" (default), "paper" or "weight-error".
+        sequences, length: how much of the data to use; `batch` sequences at a time.
+        progress: called with (sequences done, sequences in all).
+        options: those of the backend that matter here: widths, group, rotate, lm_head, exclude,
+            preset.
+
+    Returns:
+        `Scores`: nats per token per row and format.
+
+    Raises:
+        MixLLMError: the model cannot be captured in one graph, or the data is unusable.
+    """
+    opts = Options.parse(options)
+    _refuse_training(model)
+    kind = kind or ("paper" if opts.preset == "paper" else "fisher-sequence")
+    ids = calibration_tokens(
+        data, model, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
+    )
+    run = ScoringRun(opts, kind)
+    for at in range(0, len(ids), batch):
+        run.feed(model, ids[at : at + batch])
+        if progress is not None:
+            progress(min(at + batch, len(ids)), len(ids))
+    source = data if isinstance(data, str) else type(data).__name__
+    return run.scores({"data": Path(source).name, "seed": str(seed)})
+
+
+def plan(
+    scores: Scores,
+    *,
+    bits: float | None = None,
+    preset: str = "best",
+    **options: Any,
+) -> Plan:
+    """One global allocation: the width of every output feature, inside a budget of true bits.
+
+    Seconds, whatever the model's size: plan again for another budget.
+
+    Args:
+        bits: true bits per quantized weight (codes, scales, zero points, widths).
+        preset: "best" = knapsack over true bytes; "paper" = the top 10 % of features by count.
+        options: pins, exclude, rotate, widths of the backend.
+    """
+    opts = Options.parse({"bits": bits, "preset": preset, "group": scores.group, **options})
+    if "widths" not in options:
+        opts = dataclasses.replace(opts, widths=tuple(f.bits for f in scores.formats))
+    return make_plan(scores, exclude=opts.exclude, **plan_arguments(opts))
+
+
+def quantize(model: M, plan: Plan) -> M:
+    """Replace the planned linears by `PackedLinear` modules, in place; returns the model.
+
+    The float weights are freed where nothing else uses them.
+
+    Raises:
+        PlanMismatch: the plan was made for another model.
+        UnsupportedModel: a planned matrix is no Linear or Conv1D module (compile with the plan).
+    """
+    homes = _linear_modules(model)
+    planned = [name for name in homes if planned_name(plan, name)]
+    own = fingerprint({name: _matrix(homes[name]) for name in planned})
+    names = {theirs: ours for ours, theirs in plan.match(own, subset=True).items()}
+    missing = [name for name in plan.sites if name not in names]
+    if missing:
+        raise PlanMismatch(
+            f"the plan has {missing[0]} ({len(missing)} of {len(plan.sites)} in all), which is no "
+            "linear module of this model; compile the model with the plan instead"
+        )
+    for name, site in plan.sites.items():
+        path = names[name]
+        module = homes[path]
+        mode, transform = plan.activation_mode, transform_of(site.k, plan.rotation)
+        weight = _matrix(module)
+        if transform:
+            weight = block_hadamard(weight.float(), int(transform.removeprefix("hadamard:")))
+        packed = PackedLinear(
+            quantize_rtn(weight, site.widths, site.group, transform),
+            getattr(module, "bias", None),
+            mode,
+        )
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed.train(module.training))
+    return model
+
+
+def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    def is_linear(module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+    found = {name: m for name, m in model.named_modules() if is_linear(m)}
+    if not found:
+        packed = sum(isinstance(m, PackedLinear) for m in model.modules())
+        why = f" ({packed} are quantized already)" if packed else ""
+        raise UnsupportedModel(f"{type(model).__name__} has no float linear modules{why}")
+    return found
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if type(module).__name__ == "Conv1D" else weight.detach()
+
+
+def compile(
+    model: M,
+    *,
+    bits: float | None = None,
+    plan: Plan | str | Path | None = None,
+    data: Data = "self",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    release: bool = False,
+    fullgraph: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> M:
+    """Score, plan and compile a whole model; the same object comes back, and `generate` runs it.
+
+    Args:
+        bits: true bits per quantized weight; ignored with a plan.
+        plan: a finished plan, or its file: nothing is scored then.
+        data: what to score on, see `score`.
+        mode: a `torch.compile` mode.
+        dynamic: as in `torch.compile`.
+        release: free the float weights after packing; the model cannot be compiled again.
+        options: any option of the backend, and `tokenizer`, `sequences`, `length`, `kind` of
+            `score`.
+    """
+    _refuse_training(model)
+    scoring = {
+        k: options.pop(k)
+        for k in ("tokenizer", "sequences", "length", "kind", "batch", "seed")
+        if k in options
+    }
+    opts = Options.parse({**options, "bits": bits, "plan": plan, "release": release})
+    found = opts.resolved_plan()
+    if found is None:
+        shared = {
+            k: v
+            for k, v in options.items()
+            if k in ("widths", "group", "rotate", "lm_head", "exclude", "preset")
+        }
+        scores = score(model, data, progress=progress, **scoring, **shared)
+        found = make_plan(scores, **plan_arguments(opts))
+    settings = {k: v for k, v in options.items() if k != "inductor"}
+    settings |= {"plan": found, "release": release}
+    settings["inductor"] = {**compat.mode_patches(mode), **dict(opts.inductor)}
+    settings["rotate"] = found.rotation
+    original = getattr(model, "_mixllm_float_forward", model.forward)
+    model._mixllm_float_forward = original  # type: ignore[assignment]
+    model._mixllm_options = settings  # type: ignore[assignment]
+    model.forward = torch.compile(  # type: ignore[method-assign]
+        own_frame(original),
+        backend="mixllm",
+        options=settings,
+        dynamic=dynamic,
+        fullgraph=fullgraph,
+    )
+    return model
+
+
+def invalidate(model: nn.Module) -> int:
+    """Tell the compiler that weights were changed with `p.data.copy_(…)`, which nothing can see.
+
+    The next call plans and packs again. Returns how many weights were known.
+    """
+    return _invalidate(model.parameters())
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What the compiler did with a model; `str()` of it is a table."""
+
+    graphs: tuple[records.GraphRecord, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(table(g) for g in self.graphs)
+
+
+def explain(
+    model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Explanation:
+    """Compile the model for these inputs and say, per linear, what became of it.
+
+    Args:
+        args, kwargs: inputs of the model.
+        options: backend options; by default those the model was compiled with.
+    """
+    settings = dict(options if options is not None else getattr(model, "_mixllm_options", {}))
+    settings |= {"lower": "eager", "quiet": True, "release": False}
+    forward = getattr(model, "_mixllm_float_forward", model.forward)
+    compiled = torch.compile(own_frame(forward), backend="mixllm", options=settings)
+    with torch.no_grad(), records.collect() as graphs:
+        compiled(*args, **kwargs)
+    if not graphs:
+        raise MixLLMError("Dynamo captured no graph from this call; nothing was compiled")
+    return Explanation(tuple(graphs))
+
+
+def _refuse_training(model: nn.Module) -> None:
+    if model.training:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is in training mode; call model.eval() first"
+        )
+
+
+__all__ = [
+    "Explanation",
+    "compile",
+    "explain",
+    "invalidate",
+    "plan",
+    "quantize",
+    "score",
+]

@@ -1,0 +1,183 @@
+"""The function Dynamo calls: `torch.compile(model, backend="mixllm")`.
+
+Capture, run the pipeline, guard the weights, hand the rest to Inductor. Nothing here may end in
+the float model running silently: what Dynamo would turn into a warning becomes an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import compat
+from .capture import capture
+from .errors import MixLLMError
+from .ir.graph import MixGraph
+from .lowering.target import Target
+from .options import Options
+from .passes.context import Context
+from .passes.instruments import Dumper, Instrument, Timer, Tracer, Verifier
+from .passes.pipeline import choose_pipeline
+from .passes.summary import summarize, write_artifacts
+from .runtime import records
+from .runtime.weights import freshness_check, release
+
+log = logging.getLogger("mixllm_compiler")
+_announced: set[str] = set()
+
+
+def mixllm(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Backend of `torch.compile`; options are the fields of `options.Options`.
+
+    Raises:
+        MixLLMError: one of its subclasses, for everything a user can mend.
+    """
+    try:
+        return _compile(gm, example_inputs, Options.parse(options), mode)
+    except MixLLMError:
+        raise
+    except compat.fallback_exceptions() as error:
+        # Dynamo would run the float model with a warning that nobody reads.
+        raise RuntimeError(f"mixllm could not compile this graph: {error}") from error
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
+    compat.self_test()
+    graph = capture(gm, example_inputs)
+    ctx = run_passes(graph, options)
+    matrices = [m for m in graph.matrices.values() if m.widths is not None]
+    if matrices:
+        _guard(graph)
+    # A tied embedding still reads its table, and that one is never freed.
+    freed = [m for m in matrices if options.release and not m.binding.node.users]
+    for matrix in freed:
+        release(matrix.binding.tensor)
+    keep = drop_unread_weights(graph)
+    if matrices:
+        _install_freshness(graph, matrices)
+    record = summarize(graph, ctx)
+    records.add(record)
+    if record.note:
+        log.warning("mixllm: %s", record.note)
+    if matrices and not options.quiet and ctx.known is None:
+        _say(record.headline())
+    return _hand_over(graph, keep, options, mode)
+
+
+def run_passes(graph: MixGraph, options: Options) -> Context:
+    """Run the pipeline that the options ask for."""
+    target = _target(graph)
+    ctx = Context(options, target, plan=options.resolved_plan())
+    pipeline = choose_pipeline(options.pipeline, options.disable)
+    instruments: list[Instrument] = [Timer(), Tracer()]
+    if options.verify:
+        instruments.append(Verifier())
+    if options.dump is not None:
+        folder = Path(options.dump) / f"graph{records.count()}"
+        dumper = Dumper(folder)
+        dumper.begin(graph)
+        instruments.append(dumper)
+    pipeline.run(graph, ctx, instruments)
+    if options.dump is not None:
+        write_artifacts(folder, graph, ctx)
+    return ctx
+
+
+def _target(graph: MixGraph) -> Target:
+    devices = [b.tensor.device for b in graph.bindings.values()]
+    devices += [v.device for v in graph.inputs if isinstance(v, torch.Tensor)]
+    return Target.of(devices[0] if devices else torch.device("cpu"))
+
+
+def _guard(graph: MixGraph) -> None:
+    """Recompile when another tensor stands where a quantized weight stood."""
+    for matrix in graph.matrices.values():
+        if matrix.widths is not None and matrix.binding.source is not None:
+            compat.guard_identity(matrix.binding.source)
+
+
+def _install_freshness(graph: MixGraph, matrices: list[Any]) -> None:
+    if any(m.binding.source is not None for m in matrices):
+        compat.guard_check(
+            freshness_check(m.binding.tensor for m in matrices),
+            "a weight was changed in place since it was quantized",
+        )
+
+
+def drop_unread_weights(graph: MixGraph) -> list[int]:
+    """Erase float weights nobody reads from the graph's inputs; indices of the inputs kept.
+
+    Dynamo writes its call from this very graph after the backend returns.
+    """
+    keep = []
+    for index, node in enumerate(graph.placeholders()):
+        if node in graph.bindings and not node.users:
+            graph.graph.erase_node(node)
+            del graph.bindings[node]
+        else:
+            keep.append(index)
+    graph.inputs = [graph.inputs[i] for i in keep]
+    graph.settle()
+    return keep
+
+
+def _hand_over(
+    graph: MixGraph, keep: list[int], options: Options, mode: str | None
+) -> Callable[..., Any]:
+    """Compile or interpret the rewritten graph; without gradients, whatever the caller's mode."""
+    grad = torch.is_grad_enabled()
+    if grad:
+        _strip_grad_mode(graph)
+        _once("grad", "mixllm: quantized weights have no gradients; this model runs under no_grad")
+    with torch.no_grad() if grad else nullcontext():
+        if options.lower == "eager":
+            inner: Callable[..., Any] = graph.module
+        else:
+            # Size assertions cost 0.5 µs per constant and call, and the constants are ours.
+            patches = {"size_asserts": False, **compat.mode_patches(mode), **options.inductor}
+            inner = compat.compile_with_inductor(graph.module, graph.inputs, patches)
+    count = len(keep)
+
+    def call(*args: Any) -> Any:
+        if len(args) != count:  # Dynamo compiled a copy of the graph and passes every weight
+            args = tuple(args[i] for i in keep)
+        return inner(*args)
+
+    def call_without_grad(*args: Any) -> Any:
+        with torch.no_grad():
+            return call(*args)
+
+    return call_without_grad if grad else call
+
+
+def _strip_grad_mode(graph: MixGraph) -> None:
+    """The graph runs under no_grad as a whole: its own switches would turn gradients back on."""
+    for node in graph.calls(torch._C._set_grad_enabled):
+        graph.graph.erase_node(node)
+    graph.settle()
+
+
+def _say(line: str) -> None:
+    log.info(line)
+    print(line, file=sys.stderr, flush=True)
+
+
+def _once(key: str, line: str) -> None:
+    if key not in _announced:
+        _announced.add(key)
+        _say(line)

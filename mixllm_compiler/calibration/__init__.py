@@ -1,0 +1,1 @@
+"""Text to score and to calibrate on: files, sequences, or what the model itself writes."""

@@ -1,0 +1,152 @@
+"""Calibration data of any kind → token ids [sequences, length]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError, UnsupportedModel
+
+DEFAULT_SEQUENCES = 8
+DEFAULT_LENGTH = 1024
+
+
+def sequence_length(model: nn.Module, wanted: int | None) -> int:
+    """The wanted length, or 1,024 cut to what the model's positions allow."""
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    if wanted is None:
+        return int(min(DEFAULT_LENGTH, limit))
+    if wanted > limit:
+        raise OptionError(f"sequences of {wanted} tokens exceed the model's {limit} positions")
+    return wanted
+
+
+def calibration_tokens(
+    data: Tensor | Sequence[str] | str | Path,
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Token ids int64 [S, T].
+
+    Args:
+        data: ids [S, T]; texts; the path of a text file (documents separated by blank lines); a
+            `datasets` id `name[:config[:split]]` (needs the extra `eval`); or "self": the model
+            writes the text.
+        tokenizer: for text; by default the one saved beside the model.
+        sequences, length: how much to take. Text shorter than that is an error.
+
+    Raises:
+        OptionError: no such file, too little text, no tokenizer.
+        UnsupportedModel: "self" for a model that cannot generate.
+    """
+    if isinstance(data, Tensor):
+        if data.dim() != 2 or data.dtype not in (torch.int64, torch.int32):
+            raise OptionError(f"token ids must be integers [S, T], not {data.dtype} {data.shape}")
+        return data.long()
+    length = sequence_length(model, length)
+    if isinstance(data, str) and data == "self":
+        return written_by(model, sequences, length, seed)
+    if isinstance(data, str | Path):
+        documents = _documents(data)
+    else:
+        documents = list(data)
+    return pack_documents(documents, tokenizer or tokenizer_of(model), sequences, length)
+
+
+def _documents(data: str | Path) -> list[str]:
+    path = Path(data)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        return [d for d in text.split("\n\n") if d.strip()]
+    if path.suffix or "\n" in str(data) or " " in str(data):
+        raise OptionError(f"there is no calibration file {str(data)!r}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise OptionError(
+            f"{str(data)!r} is no file, and data set ids need the package 'datasets' "
+            "(pip install 'mixllm-compiler[eval]')"
+        ) from error
+    name, config, split = (*str(data).split(":"), "", "")[:3]
+    loaded = datasets.load_dataset(name, config or None, split=split or "train")
+    return [row["text"] for row in loaded if row["text"].strip()]
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer saved beside the model.
+
+    Raises:
+        OptionError: the model does not know where it came from.
+    """
+    from transformers import AutoTokenizer
+
+    where = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not where:
+        raise OptionError(
+            "this model was not loaded from a checkpoint, so its tokenizer is unknown; pass "
+            "tokenizer=…, or token ids as data"
+        )
+    return AutoTokenizer.from_pretrained(where)
+
+
+def pack_documents(documents: Sequence[str], tokenizer: Any, sequences: int, length: int) -> Tensor:
+    """Join documents with the end-of-text token and cut into [sequences, length].
+
+    Raises:
+        OptionError: the text gives fewer sequences than asked.
+    """
+    end = tokenizer.eos_token_id
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer.encode(document, add_special_tokens=False)
+        if end is not None:
+            ids.append(end)
+        if len(ids) >= sequences * length:
+            break
+    have = len(ids) // length
+    if have < sequences:
+        raise OptionError(
+            f"asked for {sequences} × {length} tokens, the text gives {have} × {length} "
+            f"({len(ids)} tokens); give more text or ask for less"
+        )
+    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+
+
+@torch.no_grad()
+def written_by(model: nn.Module, sequences: int, length: int, seed: int = 0) -> Tensor:
+    """Text that the model samples from itself at temperature 1; as good for scores as real text."""
+    generate = getattr(model, "generate", None)
+    if generate is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot generate text; pass token ids or a text file as data"
+        )
+    config: Any = model.config
+    device = next(model.parameters()).device
+    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    prompt = torch.full((sequences, 1), int(start or 0), dtype=torch.long, device=device)
+    kept = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        ids: Tensor = generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=int(start or 0),
+        )
+    finally:
+        torch.random.set_rng_state(kept)
+    return ids

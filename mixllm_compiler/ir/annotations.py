@@ -1,0 +1,51 @@
+"""What passes know about a node or a matrix, as typed records instead of loose dictionaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+META_KEY = "mixllm"
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One use of a constant matrix: y = x Wᵀ + b.
+
+    Attributes:
+        matrix: name of the matrix in `MixGraph.matrices`.
+        module: path of the calling module, "" if there is none (functional use).
+        n, k: output and input features.
+        kept_float: why this linear is not quantized, "" if it is.
+    """
+
+    matrix: str
+    module: str
+    n: int
+    k: int
+    kept_float: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizedSite:
+    """One of the ops that a linear became."""
+
+    matrix: str
+    role: str  # "hadamard", "quantize_activation", "mixed_gemm", "dequantize", "linear"
+    kernel: str = "reference"
+
+
+def annotate(node: fx.Node, record: LinearSite | QuantizedSite) -> None:
+    """Attach a record to a node, replacing the one before."""
+    node.meta[META_KEY] = record
+
+
+def site_of(node: fx.Node) -> LinearSite | None:
+    record = node.meta.get(META_KEY)
+    return record if isinstance(record, LinearSite) else None
+
+
+def quantized_of(node: fx.Node) -> QuantizedSite | None:
+    record = node.meta.get(META_KEY)
+    return record if isinstance(record, QuantizedSite) else None

@@ -1,0 +1,7 @@
+"""From semantic ops to generated kernels: specs, selection, cost, and one package a lowering.
+
+Importing it registers the lowered ops and every packing, so that any blob can be unpacked.
+"""
+
+from . import lowered as lowered
+from . import triton as triton

@@ -1,0 +1,165 @@
+"""Ops that kernels implement, and what each of them means in semantic ops.
+
+    codes, scales, sums = quantize_activation(x, mode, group, hadamard, kernel)
+    y = linear(codes, scales, sums, packed, bias, layout, dtype, kernel)
+
+`kernel` is a short name with a version, such as "triton.v1". It and the other arguments are all
+that a call needs to find its code, so a graph from a warm cache runs in another process. `hadamard`
+is the block of the transform applied to x first, 0 for none. Shapes: see `ir.ops`; y [..., N] is in
+model order.
+
+`EXPANSIONS` gives the definition of every lowered op: the same arguments, semantic ops inside. They
+read the lowered blob too, since a layout's text names its packing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from ..errors import OptionError, nearest
+from ..formats.layout import Layout
+from ..formats.row_format import groups_of, padded
+from ..ir.ops import DEQUANTIZE, HADAMARD, MIXED_GEMM, QUANTIZE_ACTIVATION
+
+
+class Kernels(Protocol):
+    """What stands behind a kernel name."""
+
+    def quantize_activation(
+        self, x: Tensor, mode: str, group: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def linear(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        sums: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+IMPLEMENTATIONS = {"triton.v1": ".triton.launch:TritonKernels"}
+"""Kernel name → `module:class`, imported at the first call: nobody pays for what he does not use."""
+
+
+@functools.cache
+def implementation(kernel: str) -> Kernels:
+    """The implementation of a kernel name.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if kernel not in IMPLEMENTATIONS:
+        raise OptionError(f"unknown kernel {kernel!r}.{nearest(kernel, IMPLEMENTATIONS)}")
+    module, name = IMPLEMENTATIONS[kernel].split(":")
+    made: Kernels = getattr(importlib.import_module(module, __package__), name)()
+    return made
+
+
+library = torch.library.Library("mixllm_lowered", "DEF")
+library.define(
+    "quantize_activation(Tensor x, str mode, int group, int hadamard, str kernel)"
+    " -> (Tensor codes, Tensor scales, Tensor sums)"
+)
+library.define(
+    "linear(Tensor codes, Tensor scales, Tensor sums, Tensor packed, Tensor? bias, str layout,"
+    " ScalarType dtype, str kernel) -> Tensor"
+)
+
+
+def _quantize_activation(
+    x: Tensor, mode: str, group: int, hadamard: int, kernel: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if hadamard:
+        # Not fused yet: the transform runs as an op of its own, then the kernel reads its result.
+        x = HADAMARD(x, hadamard)
+    return implementation(kernel).quantize_activation(x, mode, group)
+
+
+def _linear(
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    parsed = Layout.parse(layout)
+    return implementation(kernel).linear(codes, scales, sums, packed, bias, parsed, dtype)
+
+
+library.impl("quantize_activation", _quantize_activation, "CompositeExplicitAutograd")
+library.impl("linear", _linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mixllm_lowered::quantize_activation", lib=library)
+def _(
+    x: Tensor, mode: str, group: int, hadamard: int, kernel: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, lead = x.shape[-1], x.shape[:-1]
+    g = groups_of(k, group)
+    return (
+        x.new_empty((*lead, padded(k, group)), dtype=torch.int8),
+        x.new_empty((*lead, 1 if mode == "token" else g), dtype=torch.float32),
+        x.new_empty((*lead, g), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("mixllm_lowered::linear", lib=library)
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], Layout.parse(layout).n), dtype=dtype)
+
+
+LOWERED_QUANTIZE = torch.ops.mixllm_lowered.quantize_activation.default
+LOWERED_LINEAR = torch.ops.mixllm_lowered.linear.default
+LOWERED = (LOWERED_QUANTIZE, LOWERED_LINEAR)
+
+
+def expand_quantize_activation(
+    x: Tensor, mode: str, group: int, hadamard: int, kernel: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of the lowered quantizer; `kernel` does not matter."""
+    return QUANTIZE_ACTIVATION(HADAMARD(x, hadamard) if hadamard else x, mode, group)
+
+
+def expand_linear(
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    """The definition of the lowered linear; `kernel` does not matter."""
+    acc = MIXED_GEMM(codes, scales, sums, packed, layout)
+    return DEQUANTIZE(acc, scales, sums, packed, layout, bias, dtype)
+
+
+EXPANSIONS: dict[OpOverload, Callable[..., Any]] = {
+    LOWERED_QUANTIZE: expand_quantize_activation,
+    LOWERED_LINEAR: expand_linear,
+}
+"""Lowered op → its definition: the same arguments, semantic ops inside."""

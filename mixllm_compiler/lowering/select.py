@@ -1,0 +1,109 @@
+"""Which kernels a linear gets: the supporting lowering of the highest priority, with the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..errors import LoweringError, OptionError, nearest
+from ..formats.layout import Layout
+from .target import Target
+from .triton import generate, support
+from .triton import layout as tiles
+
+Supports = Callable[[Layout, str, torch.dtype, Target], "str | None"]
+"""(layout, mode, output type, target) → None, or the reason why not."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way to run a quantized linear.
+
+    Attributes:
+        name: as users write it.
+        priority: the highest that supports a linear wins.
+        packing: name of the packing that its kernels read.
+        kernel: the lowered ops' `kernel` argument; `""` keeps the semantic ops.
+        supports: None if it can run a linear, else the reason why not.
+        quantizer: `"kernel"` quantizes activations in a kernel of its own, `"decompose"` leaves
+            that to plain torch, where Inductor sees it.
+    """
+
+    name: str
+    priority: int
+    packing: str
+    kernel: str
+    supports: Supports
+    quantizer: Literal["kernel", "decompose"]
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What `select` decided for one linear.
+
+    Attributes:
+        lowering: name of the lowering.
+        packing: name of the packing to pack the weight in.
+        kernel: the lowered ops' `kernel` argument; `""`: keep the semantic ops.
+        quantizer: `"kernel"` or `"decompose"`, see `Lowering`.
+        reasons: why each lowering of a higher priority was passed over, `"triton: …"`.
+    """
+
+    lowering: str
+    packing: str
+    kernel: str
+    quantizer: Literal["kernel", "decompose"]
+    reasons: tuple[str, ...] = ()
+
+
+def _everything(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> None:
+    """The definition runs everywhere."""
+    return None
+
+
+LOWERINGS = {
+    lowering.name: lowering
+    for lowering in (
+        Lowering("reference", 0, "plain.v1", "", _everything, "decompose"),
+        Lowering("triton", 10, tiles.NAME, generate.VERSION, support.reason, "kernel"),
+    )
+}
+"""All lowerings by name."""
+
+
+def select(
+    layout: Layout, mode: str, dtype: torch.dtype, target: Target, only: str | None = None
+) -> KernelChoice:
+    """Choose the kernels of one linear.
+
+    Args:
+        layout: of the weight; its packing is not looked at.
+        mode: of the activations.
+        dtype: of the output.
+        target: the device.
+        only: the name of the one lowering that may be chosen.
+
+    Raises:
+        OptionError: there is no lowering `only`.
+        LoweringError: the lowering `only` cannot run this linear.
+    """
+    if only is not None and only not in LOWERINGS:
+        raise OptionError(f"unknown lowering {only!r}.{nearest(only, LOWERINGS)}")
+    candidates = [LOWERINGS[only]] if only else LOWERINGS.values()
+    reasons: list[str] = []
+    for lowering in sorted(candidates, key=lambda low: -low.priority):
+        # A lowering sees the layout as it would pack it.
+        why = lowering.supports(replace(layout, packing=lowering.packing), mode, dtype, target)
+        if why is None:
+            return KernelChoice(
+                lowering.name,
+                lowering.packing,
+                lowering.kernel,
+                lowering.quantizer,
+                tuple(reasons),
+            )
+        reasons.append(f"{lowering.name}: {why}")
+    raise LoweringError(f"no lowering can run a linear with layout '{layout}': {'; '.join(reasons)}")

@@ -1,0 +1,135 @@
+"""Everything `torch.compile(model, backend="mixllm", options={…})` understands."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import OptionError, nearest
+from .formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
+
+if TYPE_CHECKING:
+    from .allocation.plan import Plan
+
+PRESETS = ("best", "paper")
+LOWERS = ("inductor", "eager")
+DEFAULT_BITS = 4.4
+PAPER_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one compilation; every field can be a key of `options={…}`.
+
+    Attributes:
+        plan: a `Plan` or the path of a saved one; nothing is scored then.
+        bits: budget in true bits per quantized weight (default 4.4; preset "paper": 10 % of
+            the features at 8 bits unless a budget is given).
+        preset: "best" (sequence Fisher scores, byte-true knapsack) or "paper".
+        widths: candidate bits per row.
+        group: group size along K.
+        rotate: block size of the Hadamard transform of every linear's input, 0 for none.
+        lm_head: whether the output head is quantized too.
+        exclude: name patterns of matrices that stay float.
+        pins: name pattern → width for whole matrices.
+        partial: allow a plan per piece when a graph break splits the model.
+        pipeline: spec text (or a `Pipeline`) to run instead of the default one.
+        disable: names of passes to leave out.
+        dump: folder for the IR after every pass, the plan and the kernels.
+        verify: check the graph after every pass.
+        lower: "inductor" compiles the rest of the graph, "eager" interprets it.
+        release: free the float weights after packing; they cannot be read again.
+        kernels: force one lowering by name ("reference", "triton"), None picks the fastest.
+        inductor: extra Inductor settings for the hand-over.
+        quiet: no summary line.
+    """
+
+    plan: Plan | str | Path | None = None
+    bits: float | None = None
+    preset: str = "best"
+    widths: tuple[int, ...] = (4, 8)
+    group: int = DEFAULT_GROUP
+    rotate: int = 0
+    lm_head: bool = False
+    exclude: tuple[str, ...] = ()
+    pins: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    partial: bool = False
+    pipeline: Any = None
+    disable: tuple[str, ...] = ()
+    dump: str | Path | None = None
+    verify: bool = False
+    lower: str = "inductor"
+    release: bool = False
+    kernels: str | None = None
+    inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("preset", self.preset, PRESETS)
+        _one_of("lower", self.lower, LOWERS)
+        for name in ("widths", "exclude", "disable"):
+            value = getattr(self, name)
+            listed = (value,) if isinstance(value, str | int) else tuple(value)
+            object.__setattr__(self, name, listed)
+        for bits in (*self.widths, *self.pins.values()):
+            RowFormat(bits, self.group)
+        if not self.widths:
+            raise OptionError(f"widths is empty; choose from {WIDTHS}")
+        if self.bits is not None and not 1 < float(self.bits) <= 16:
+            raise OptionError(f"bits = {self.bits} is no budget in bits per weight (1 to 16)")
+        if self.rotate and (self.rotate < 2 or self.rotate & (self.rotate - 1)):
+            raise OptionError(f"rotate = {self.rotate}: a Hadamard block is a power of two, or 0")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        """Options from a dictionary.
+
+        Raises:
+            OptionError: an unknown key (names the nearest one) or an impossible value.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in given or {}:
+            if key not in known:
+                raise OptionError(f"unknown option {key!r}.{nearest(str(key), known)}")
+        return cls(**dict(given or {}))
+
+    def resolved_plan(self) -> Plan | None:
+        """The plan object, loaded if a path was given."""
+        from .allocation.plan import Plan
+
+        if self.plan is None or isinstance(self.plan, Plan):
+            return self.plan
+        if isinstance(self.plan, str | Path):
+            return Plan.load(Path(self.plan))
+        raise OptionError(f"plan must be a Plan or a path, not {type(self.plan).__name__}")
+
+    @property
+    def activation_mode(self) -> str:
+        """Per token when inputs are rotated, else per group (QUANTIZATION: rotation is what makes
+        one scale a token enough)."""
+        return "token" if self.rotate else "group"
+
+    def planning_digest(self) -> str:
+        """Hash of everything that decides which rows get which width."""
+        plan = self.resolved_plan()
+        keys: Sequence[object] = (
+            plan.digest if plan is not None else None,
+            self.bits,
+            self.preset,
+            self.widths,
+            self.group,
+            self.rotate,
+            self.lm_head,
+            self.exclude,
+            sorted(self.pins.items()),
+        )
+        return hashlib.sha256(repr(keys).encode()).hexdigest()[:16]
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise OptionError(f"unknown {name} {value!r}.{nearest(str(value), known)}")

@@ -1,0 +1,105 @@
+"""One global knapsack gives every output feature its width.
+
+Inside the budget of true bytes the summed expected loss of all rows of all matrices is minimal
+up to the plan's certificate (its gap to the linear-programming bound).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..allocation.allocate import make_plan
+from ..allocation.plan import Plan
+from ..errors import PlanMismatch
+from ..formats.fingerprint import fingerprint
+from ..formats.row_format import RowFormat
+from ..ir.graph import MixGraph
+from ..options import DEFAULT_BITS, PAPER_FRACTION, Options
+from ..salience.scores import Scores
+from .base import Changes, Pass
+from .known_plans import look_up, remember
+
+if TYPE_CHECKING:
+    from .context import Context
+
+
+class AllocateBits(Pass):
+    name = "allocate-bits"
+    stage = "plan"
+    requires = {"scored"}
+    ensures = {"planned"}
+
+    def run(self, graph: MixGraph, ctx: Context) -> Changes:
+        changes = Changes()
+        matrices = graph.active()
+        if not matrices:
+            return changes
+        look_up(graph, ctx)
+        if ctx.known is not None:
+            ctx.plan = ctx.known.plan
+            widths = ctx.known.widths
+        elif ctx.plan is not None:
+            widths = widths_from(ctx.plan, graph)
+        else:
+            ctx.plan = plan_graph(graph, ctx)
+            widths = {name: site.widths for name, site in ctx.plan.sites.items()}
+        for matrix in matrices:
+            matrix.widths = widths[matrix.name]
+            rows = torch.bincount(matrix.widths.long()).tolist()
+            mix = " ".join(f"w{b}:{n}" for b, n in enumerate(rows) if n)
+            changes.add(matrix.name, mix)
+        remember(graph, ctx)
+        return changes
+
+
+def plan_graph(graph: MixGraph, ctx: Context) -> Plan:
+    """Plan all matrices of one graph from the scores that passes left on them."""
+    matrices = graph.active()
+    options = ctx.options
+    formats = tuple(RowFormat(b, options.group) for b in sorted(options.widths))
+    scores = Scores(
+        kind=ctx.score_kind,
+        formats=formats,
+        loss={m.name: m.losses for m in matrices if m.losses is not None},
+        shapes={m.name: (m.n, m.k) for m in matrices},
+        fingerprint=fingerprint({m.name: m.stored() for m in matrices}),
+        tokens=ctx.tokens,
+        sequences=ctx.sequences,
+        settings={},
+        group=options.group,
+    )
+    return make_plan(scores, **plan_arguments(options))
+
+
+def plan_arguments(options: Options) -> dict[str, Any]:
+    """What `make_plan` is asked for by these options."""
+    bits = options.bits
+    if bits is None and options.preset == "best":
+        bits = DEFAULT_BITS
+    return {
+        "bits": bits,
+        "preset": options.preset,
+        "fraction": PAPER_FRACTION,
+        "widths": options.widths,
+        "pins": options.pins,
+        "activation_mode": options.activation_mode,
+        "rotation": options.rotate,
+    }
+
+
+def widths_from(plan: Plan, graph: MixGraph) -> dict[str, torch.Tensor]:
+    """Widths of this graph's matrices from a plan of the whole model (or of this graph).
+
+    Raises:
+        PlanMismatch: the plan was made for another model.
+    """
+    own = fingerprint({m.name: m.stored() for m in graph.active()})
+    names = plan.match(own, subset=True)
+    widths = {}
+    for name, planned in names.items():
+        if planned not in plan.sites:
+            raise PlanMismatch(f"the plan keeps {planned} float; exclude it here as well")
+        widths[name] = plan.sites[planned].widths
+    return widths

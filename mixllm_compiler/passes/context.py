@@ -1,0 +1,57 @@
+"""What passes share besides the graph: options, target, the model's plan, the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..lowering.target import Target
+from ..options import Options
+from .base import Changes
+
+if TYPE_CHECKING:
+    from ..allocation.plan import Plan
+    from ..runtime.weights import PlannedModel
+
+
+@dataclass
+class Record:
+    """One pass that ran: its name, stage, what it did, and how long it took."""
+
+    name: str
+    stage: str
+    changes: Changes
+    seconds: float = 0.0
+
+
+@dataclass
+class Context:
+    """Shared state of one run of a pipeline.
+
+    Attributes:
+        options: what the user asked for.
+        target: where the kernels will run.
+        plan: the allocation in force, once known.
+        known: rows planned by an earlier graph of the same weights, or None.
+        score_kind: how features were scored, for the report.
+        tokens: supervised tokens that scoring saw.
+        records: passes run so far.
+    """
+
+    options: Options
+    target: Target = field(default_factory=lambda: Target("cpu"))
+    plan: Plan | None = None
+    known: PlannedModel | None = None
+    score_kind: str = ""
+    score_note: str = ""
+    tokens: int = 0
+    sequences: int = 0
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def activation_mode(self) -> str:
+        return self.plan.activation_mode if self.plan is not None else self.options.activation_mode
+
+    @property
+    def rotation(self) -> int:
+        return self.plan.rotation if self.plan is not None else self.options.rotate

@@ -1,0 +1,113 @@
+"""What a finished pipeline left behind: the graph's record, and the files of a dump."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import compat
+from ..formats.bits import resident_bits, true_bits
+from ..formats.layout import Layout, unpack
+from ..ir.graph import Matrix, MixGraph
+from ..ir.text import render
+from ..lowering.lowered import LOWERED_LINEAR
+from ..lowering.target import Target
+from ..lowering.triton.generate import generate
+from ..lowering.triton.launch import linear_spec
+from ..runtime.records import GraphRecord, LinearRecord
+
+if TYPE_CHECKING:
+    from .context import Context
+
+
+def summarize(graph: MixGraph, ctx: Context) -> GraphRecord:
+    """The record of one compiled graph."""
+    plan = ctx.plan
+    return GraphRecord(
+        linears=tuple(_linear(m) for m in graph.matrices.values()),
+        passes=tuple((r.name, r.stage, len(r.changes), r.seconds) for r in ctx.records),
+        plan_digest=plan.digest if plan is not None else "",
+        asked=plan.asked if plan is not None else "",
+        score=plan.score_kind if plan is not None else ctx.score_kind,
+        note=ctx.score_note,
+        predicted_loss=plan.predicted_loss if plan is not None else None,
+        gap=plan.certificate.gap if plan is not None and plan.certificate is not None else None,
+        broken=compat.break_reason(graph.module),
+        planned_before=ctx.known is not None,
+        root=None if graph.root is None else weakref.ref(graph.root),
+        code=render(graph, "compiled"),
+    )
+
+
+def _linear(matrix: Matrix) -> LinearRecord:
+    float_bits = 8 * matrix.binding.tensor.element_size()
+    if matrix.packed is None:
+        return LinearRecord(
+            matrix.name, matrix.n, matrix.k, kept_float=matrix.kept_float, float_bits=float_bits
+        )
+    return LinearRecord(
+        matrix.name,
+        matrix.n,
+        matrix.k,
+        dict(matrix.packed.layout.widths),
+        true_bits([unpack(matrix.packed)]),
+        resident_bits([matrix.packed]),
+        matrix.kernel,
+        float_bits=float_bits if matrix.widths is not None else 32,
+    )
+
+
+def write_artifacts(folder: Path, graph: MixGraph, ctx: Context) -> None:
+    """Plan, kernel sources and a summary table beside the IR of every pass."""
+    record = summarize(graph, ctx)
+    if ctx.plan is not None:
+        ctx.plan.save(folder / "plan.safetensors")
+        (folder / "plan.txt").write_text(ctx.plan.summary() + "\n")
+    for name, source in kernel_sources(graph).items():
+        (folder / "kernels").mkdir(exist_ok=True)
+        (folder / "kernels" / name).write_text(source)
+    (folder / "summary.txt").write_text(table(record))
+
+
+def table(record: GraphRecord) -> str:
+    """The record as a plain-text table: linears, then passes."""
+    lines = [record.headline(), ""]
+    if record.note:
+        lines += [record.note, ""]
+    width = max([len(line.name) for line in record.linears] + [6])
+    lines.append(
+        f"{'linear':<{width}}  {'shape':>13}  {'true bits':>9}  {'resident':>8}  rows, kernel"
+    )
+    for line in record.linears:
+        shape = f"{line.n}×{line.k}"
+        if line.kept_float:
+            lines.append(
+                f"{line.name:<{width}}  {shape:>13}  {'float':>9}  {'':>8}  {line.kept_float}"
+            )
+            continue
+        rows = " ".join(f"w{b}:{n}" for b, n in line.rows.items())
+        figures = f"{line.true_bits:>9.3f}  {line.resident_bits:>8.3f}"
+        lines.append(f"{line.name:<{width}}  {shape:>13}  {figures}  {rows}, {line.kernel}")
+    lines += ["", f"{'pass':<22}  {'stage':<10}  {'changes':>7}  {'seconds':>8}"]
+    for name, stage, changes, seconds in record.passes:
+        lines.append(f"{name:<22}  {stage:<10}  {changes:>7}  {seconds:>8.3f}")
+    return "\n".join(lines) + "\n"
+
+
+def kernel_sources(graph: MixGraph) -> dict[str, str]:
+    """File name → source of every generated kernel that the graph's lowered ops call."""
+    found = {}
+    for node in graph.calls(LOWERED_LINEAR):
+        scales, blob, bias, layout, dtype, kernel = (node.args[i] for i in (1, 3, 4, 5, 6, 7))
+        quantizer = scales.args[0]
+        spec = linear_spec(
+            Layout.parse(layout),
+            quantizer.args[1],
+            dtype,
+            bias is not None,
+            Target.of(graph.module._buffers[blob.target].device),
+        )
+        widths = "".join(f"w{b}" for b in spec.layout.widths)
+        found[f"{kernel}-linear-{widths}-{spec.numerics.mode}.py"] = generate(spec)
+    return found

@@ -1,0 +1,1 @@
+"""What outlives one compilation: caches by weight identity, built kernels, records."""

@@ -1,0 +1,1 @@
+"""How much the loss grows when an output feature is stored in a format."""
