@@ -18,6 +18,7 @@ _HOME = {
     "plan": "api",
     "quantize": "api",
     "explain": "api",
+    "bisect": "passes.bisect",
     "invalidate": "api",
     "PackedLinear": "modules",
     "Plan": "allocation.plan",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .formats.neutral import QuantizedWeight as QuantizedWeight
     from .modules import PackedLinear as PackedLinear
     from .passes.base import Pass as Pass
+    from .passes.bisect import bisect as bisect
     from .passes.pipeline import Pipeline as Pipeline
     from .passes.registry import register_pass as register_pass
     from .salience.scores import Scores as Scores

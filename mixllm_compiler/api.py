@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import compat
 from .allocation.allocate import make_plan
 from .allocation.plan import Plan
+from .backend import mixllm
 from .calibration.tokens import DEFAULT_SEQUENCES, calibration_tokens
 from .errors import MixLLMError, PlanMismatch, UnsupportedModel
 from .formats.fingerprint import fingerprint
@@ -203,12 +204,8 @@ def compile(
     original = getattr(model, "_mixllm_float_forward", model.forward)
     model._mixllm_float_forward = original  # type: ignore[assignment]
     model._mixllm_options = settings  # type: ignore[assignment]
-    model.forward = torch.compile(  # type: ignore[method-assign]
-        own_frame(original),
-        backend="mixllm",
-        options=settings,
-        dynamic=dynamic,
-        fullgraph=fullgraph,
+    model.forward = torch.compile(
+        own_frame(original), backend=mixllm, options=settings, dynamic=dynamic, fullgraph=fullgraph
     )
     return model
 
@@ -243,7 +240,7 @@ def explain(
     settings = dict(options if options is not None else getattr(model, "_mixllm_options", {}))
     settings |= {"lower": "eager", "quiet": True, "release": False}
     forward = getattr(model, "_mixllm_float_forward", model.forward)
-    compiled = torch.compile(own_frame(forward), backend="mixllm", options=settings)
+    compiled = torch.compile(own_frame(forward), backend=mixllm, options=settings)
     with torch.no_grad(), records.collect() as graphs:
         compiled(*args, **kwargs)
     if not graphs:

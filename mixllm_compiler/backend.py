@@ -79,12 +79,12 @@ def _compile(
     return _hand_over(graph, keep, options, mode)
 
 
-def run_passes(graph: MixGraph, options: Options) -> Context:
+def run_passes(graph: MixGraph, options: Options, more: Sequence[Instrument] = ()) -> Context:
     """Run the pipeline that the options ask for."""
     target = _target(graph)
     ctx = Context(options, target, plan=options.resolved_plan())
     pipeline = choose_pipeline(options.pipeline, options.disable)
-    instruments: list[Instrument] = [Timer(), Tracer()]
+    instruments: list[Instrument] = [Timer(), Tracer(), *more]
     if options.verify:
         instruments.append(Verifier())
     if options.dump is not None:
@@ -112,11 +112,11 @@ def _guard(graph: MixGraph) -> None:
 
 
 def _install_freshness(graph: MixGraph, matrices: list[Any]) -> None:
-    if any(m.binding.source is not None for m in matrices):
-        compat.guard_check(
-            freshness_check(m.binding.tensor for m in matrices),
-            "a weight was changed in place since it was quantized",
-        )
+    # Not only where a source is known: under freezing, weights arrive without one.
+    compat.guard_check(
+        freshness_check(m.binding.tensor for m in matrices),
+        "a weight was changed in place since it was quantized",
+    )
 
 
 def drop_unread_weights(graph: MixGraph) -> list[int]:
@@ -174,7 +174,7 @@ def _strip_grad_mode(graph: MixGraph) -> None:
 
 def _say(line: str) -> None:
     log.info(line)
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
 
 
 def _once(key: str, line: str) -> None:

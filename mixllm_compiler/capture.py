@@ -83,12 +83,13 @@ def inline_regions(gm: fx.GraphModule) -> None:
         inner = [n for n in body.graph.nodes if n.op == "placeholder"]
         values: dict[fx.Node, Any] = dict(zip(inner, node.args[2:], strict=True))
         with gm.graph.inserting_before(node):
-            results = gm.graph.graph_copy(body.graph, values)
+            results: Any = gm.graph.graph_copy(body.graph, values)
         for copy in values.values():
             if isinstance(copy, fx.Node) and copy.op not in ("placeholder", "get_attr"):
                 copy.meta.pop("nn_module_stack", None)  # it names the first caller's modules
         for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
             gm.graph.erase_node(user)
         gm.graph.erase_node(node)
         if not body_name.users:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -124,9 +124,13 @@ def guard_identity(source: Any) -> None:
 
 
 def guard_check(check: Callable[[object], bool], reason: str) -> None:
-    """Recompile when `check` returns False at the start of a call."""
+    """Recompile when `check` returns False at the start of a call; outside of Dynamo, nothing."""
     from torch._dynamo.guards import install_guard
     from torch._dynamo.source import GlobalStateSource
+    from torch._guards import TracingContext
+
+    if TracingContext.try_get() is None:
+        return
 
     def MIXLLM_WEIGHTS(builder: Any, guard: Any) -> None:
         builder.guard_manager.root.add_epilogue_lambda_guard(check, [reason], guard.user_stack)
@@ -159,17 +163,18 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
 def compile_with_inductor(
     gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]
 ) -> Callable[..., Any]:
+    """Hand a graph to Inductor with some of its settings patched."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches)
-    return compiled
+    compiled: Any = compile_fx(gm, inputs, config_patches=patches)
+    return cast("Callable[..., Any]", compiled)
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """A text in `TORCH_TRACE`, one per pass; tlparse shows it."""
-    from torch._logging import trace_structured
+    import torch._logging as logging
 
-    trace_structured(
+    logging.trace_structured(  # type: ignore[attr-defined]
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": "string"},
         payload_fn=text,

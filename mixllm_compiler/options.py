@@ -110,7 +110,8 @@ class Options:
     @property
     def activation_mode(self) -> str:
         """Per token when inputs are rotated, else per group (QUANTIZATION: rotation is what makes
-        one scale a token enough)."""
+        one scale a token enough).
+        """
         return "token" if self.rotate else "group"
 
     def planning_digest(self) -> str:

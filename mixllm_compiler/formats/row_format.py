@@ -11,6 +11,7 @@ from ..errors import OptionError
 WIDTHS = (2, 3, 4, 5, 6, 8)
 FAMILIES = ("asym",)
 DEFAULT_GROUP = 128
+MAX_GROUP = 1024  # 127·127·1024 < 2²⁴: sums over a group are exact in fp32
 
 
 def groups_of(k: int, group: int) -> int:
@@ -40,8 +41,8 @@ class RowFormat:
             raise OptionError(f"a row cannot have {self.bits} bits; widths are {WIDTHS}")
         if self.family not in FAMILIES:
             raise OptionError(f"unknown format family {self.family!r}; families are {FAMILIES}")
-        if self.group < 16 or self.group % 16:
-            raise OptionError(f"group size {self.group} is not a positive multiple of 16")
+        if not 16 <= self.group <= MAX_GROUP or self.group % 16:
+            raise OptionError(f"group size {self.group} is not a multiple of 16 up to {MAX_GROUP}")
 
     @property
     def symmetric(self) -> bool:

@@ -42,10 +42,12 @@ def annotate(node: fx.Node, record: LinearSite | QuantizedSite) -> None:
 
 
 def site_of(node: fx.Node) -> LinearSite | None:
+    """The linear that this node is, if it is one of a constant matrix."""
     record = node.meta.get(META_KEY)
     return record if isinstance(record, LinearSite) else None
 
 
 def quantized_of(node: fx.Node) -> QuantizedSite | None:
+    """Which part of a quantized linear this node is, if it is one."""
     record = node.meta.get(META_KEY)
     return record if isinstance(record, QuantizedSite) else None

@@ -198,13 +198,14 @@ class MixGraph:
         return new
 
     def replace_all_uses(self, node: fx.Node, by: fx.Node) -> None:
-        """Point the users of `node` to `by` and erase `node`; a node with outputs takes them along."""
+        """Point the users of `node` to `by` and erase `node`."""
         node.replace_all_uses_with(by)
         self.graph.erase_node(node)
 
     def _erase_unused_view(self, node: fx.Node) -> None:
         """Erase a pure view of a weight that lost its last user. Never general dead-code
-        elimination: Dynamo's graph holds in-place writes that have no users (static KV caches)."""
+        elimination: Dynamo's graph holds in-place writes that have no users (static KV caches).
+        """
         if node.users or self.weight_binding(node) is None or node in self.bindings:
             return
         operands = list(node.all_input_nodes)
@@ -289,10 +290,11 @@ def _is_inplace_name(target: Any) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-_VIEWS = frozenset(
-    "view reshape flatten unflatten transpose permute t squeeze unsqueeze expand narrow "
-    "select chunk split unbind getitem view_as detach contiguous".split()
-)
+_VIEWS = {
+    *("view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "t"),
+    *("squeeze", "unsqueeze", "expand", "narrow", "select", "chunk", "split", "unbind"),
+    *("getitem", "detach", "contiguous"),
+}
 
 
 def _aliases(value: fx.Node) -> set[fx.Node]:

@@ -30,7 +30,8 @@ MODES = ("token", "group")
 library = torch.library.Library("mixllm", "DEF")
 library.define("hadamard(Tensor x, int block) -> Tensor")
 library.define(
-    "quantize_activation(Tensor x, str mode, int group) -> (Tensor codes, Tensor scales, Tensor sums)"
+    "quantize_activation(Tensor x, str mode, int group)"
+    " -> (Tensor codes, Tensor scales, Tensor sums)"
 )
 library.define(
     "mixed_gemm(Tensor codes, Tensor scales, Tensor sums, Tensor packed, str layout) -> Tensor"

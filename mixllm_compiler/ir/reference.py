@@ -48,7 +48,8 @@ def quantize_activation(x: Tensor, mode: str, group: int) -> tuple[Tensor, Tenso
 def mixed_gemm(codes: Tensor, scales: Tensor, sums: Tensor, packed: Tensor, layout: str) -> Tensor:
     """acc[m, n] = Σ_g s_w[n,g] · (s_x[m,g] ·) (Σ_k q_x·q_w − z[n,g]·sums[m,g]), packed order.
 
-    s_x is applied here in mode "group"; in mode "token" (scales [..., 1]) by `dequantize`.
+    Groups add up in float64, acc is fp32. s_x is applied here in mode "group"; in mode "token"
+    (scales [..., 1]) by `dequantize`.
     """
     spec = Layout.parse(layout)
     weight = unpack(PackedWeight(packed, spec))
@@ -56,7 +57,8 @@ def mixed_gemm(codes: Tensor, scales: Tensor, sums: Tensor, packed: Tensor, layo
     x = codes.reshape(-1, g, spec.group).float()
     x_sums = sums.reshape(-1, g).float()
     x_scales = scales.reshape(-1, scales.shape[-1])
-    acc = torch.zeros(x.shape[0], spec.n, dtype=torch.float32, device=codes.device)
+    # In fp32, hundreds of groups of one sign would lose more than the 1e-6 that kernels may differ.
+    acc = torch.zeros(x.shape[0], spec.n, dtype=torch.float64, device=codes.device)
     at = 0
     for bits, n in spec.widths:
         rows = weight.row_codes(bits)
@@ -72,7 +74,7 @@ def mixed_gemm(codes: Tensor, scales: Tensor, sums: Tensor, packed: Tensor, layo
                 part *= x_scales[:, i : i + 1]
             out += part
         at += n
-    return acc.reshape(*lead, spec.n)
+    return acc.float().reshape(*lead, spec.n)
 
 
 def dequantize(

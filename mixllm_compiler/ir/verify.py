@@ -71,8 +71,8 @@ def _rewritten(graph: MixGraph, after: str) -> None:
     for node, site in graph.sites():
         _fail(after, node, site.matrix, "a linear of the plan is still float")
     for node in graph.calls(ops.MIXED_GEMM, ops.DEQUANTIZE):
-        site = quantized_of(node)
-        name = site.matrix if site else ""
+        record = quantized_of(node)
+        name = record.matrix if record else ""
         layout = Layout.parse(str(node.args[4]))
         blob = node.args[3]
         if not isinstance(blob, fx.Node):

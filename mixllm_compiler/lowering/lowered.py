@@ -49,7 +49,7 @@ class Kernels(Protocol):
 
 
 IMPLEMENTATIONS = {"triton.v1": ".triton.launch:TritonKernels"}
-"""Kernel name → `module:class`, imported at the first call: nobody pays for what he does not use."""
+"""Kernel name → `module:class`, imported at the first call: Triton only where it is used."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Which kernels a linear gets: the supporting lowering of the highest priority, with the reasons."""
+"""Which kernels a linear gets: of the lowerings that support it, the one of highest priority."""
 
 from __future__ import annotations
 
@@ -106,4 +106,6 @@ def select(
                 tuple(reasons),
             )
         reasons.append(f"{lowering.name}: {why}")
-    raise LoweringError(f"no lowering can run a linear with layout '{layout}': {'; '.join(reasons)}")
+    raise LoweringError(
+        f"no lowering can run a linear with layout '{layout}': {'; '.join(reasons)}"
+    )

@@ -11,6 +11,7 @@ spec gives the same source.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class BlobLayout:
 
 @dataclass(frozen=True)
 class Numerics:
-    """What a linear computes: the activations' mode, the type of its output, whether it adds a bias."""
+    """What a linear computes: the activations' mode, its output's type, whether it adds a bias."""
 
     mode: str
     out: torch.dtype
@@ -192,7 +193,7 @@ def _parse_linear(text: str) -> KernelSpec:
     if list(widths) != sorted(set(widths)) or not set(widths) <= set(WIDTHS):
         raise OptionError(f"the widths of {text!r} must ascend and be among {WIDTHS}")
     buckets = tuple(Bucket.parse(part) for part in match[8].split(" "))
-    if any(a.block_m >= b.block_m for a, b in zip(buckets, buckets[1:], strict=False)):
+    if any(a.block_m >= b.block_m for a, b in itertools.pairwise(buckets)):
         raise OptionError(f"the schedules of {text!r} are not in ascending order of tokens")
     return KernelSpec(
         BlobLayout(match[1], match[2], int(match[3]), widths),

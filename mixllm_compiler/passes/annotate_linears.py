@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 TILE = 64  # rows; a smaller matrix costs more to launch than it saves
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_FROM_LINEAR_TO_OUTPUT = frozenset(
-    "getitem view reshape flatten unflatten transpose squeeze unsqueeze float to contiguous "
-    "type_as clone".split()
-)
+_FROM_LINEAR_TO_OUTPUT = {
+    *("getitem", "view", "reshape", "flatten", "unflatten", "transpose", "squeeze", "unsqueeze"),
+    *("float", "to", "contiguous", "type_as", "clone"),
+}
 
 
 class AnnotateLinears(Pass):
@@ -90,7 +90,7 @@ class AnnotateLinears(Pass):
                 "already quantized (or in an 8-bit float); compile the original checkpoint"
             )
         planned = None if ctx.plan is None else planned_name(ctx.plan, matrix.name)
-        if ctx.plan is not None and planned in ctx.plan.float_sites:
+        if ctx.plan is not None and planned and planned in ctx.plan.float_sites:
             return ctx.plan.float_sites[planned]
         for pattern in options.exclude:
             if fnmatch(matrix.name, pattern):
@@ -121,7 +121,7 @@ def _is_linear_module(node: fx.Node) -> bool:
 
 
 def _head_linears(graph: MixGraph) -> set[fx.Node]:
-    """Linears whose output is as wide as an embedding over integer ids and only leaves the graph."""
+    """Linears as wide as an embedding table whose output only leaves the graph."""
     embedding = torch.nn.functional.embedding
     tables = [graph.weight_binding(n.args[1]) for n in graph.calls(embedding, torch.embedding)]
     sizes = {b.tensor.shape[0] for b in tables if b is not None and b.tensor.dim() == 2}
@@ -178,7 +178,7 @@ def _bind_packed(graph: MixGraph) -> None:
 
 
 def _check_patterns(graph: MixGraph, ctx: Context) -> None:
-    """A pattern that names nothing is a spelling mistake; in one piece of several it may be fine."""
+    """A pattern that names nothing is a mistake; in one piece of several it may be fine."""
     names = list(graph.matrices)
     for pattern in (*ctx.options.exclude, *ctx.options.pins):
         if names and not ctx.options.partial and not any(fnmatch(n, pattern) for n in names):

@@ -59,7 +59,8 @@ class CanonicalizeLinears(Pass):
             target = node.target
         else:
             return None
-        args, kwargs = node.args, dict(node.kwargs)
+        args: Any = node.args
+        kwargs: dict[str, Any] = dict(node.kwargs)
         if target in _SPELLINGS or (target is LINEAR and (kwargs or len(args) < 3)):
             names = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             if _constant(graph, names["weight"], dims=2):
@@ -73,8 +74,8 @@ class CanonicalizeLinears(Pass):
                 return names["mat1"], (names["mat2"],), names["input"]
         elif target in _PRODUCTS and len(args) == 2 and not kwargs:
             # The constant must be the right factor; two constants are folded by Inductor.
-            if _constant(graph, args[1], dims=2) and not _constant(graph, args[0]):
-                return args[0], (args[1],), None  # type: ignore[return-value]
+            constant = _constant(graph, args[1], dims=2) and not _constant(graph, args[0])
+            return (args[0], (args[1],), None) if constant else None
         return None
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from torch import fx
-
 from ..errors import OptionError, nearest
 from .base import FunctionPass, Pass
 
@@ -42,11 +40,13 @@ def register_pass(*, after: str | None = None, name: str | None = None) -> Calla
     """
 
     def register(target: P) -> P:
+        make: Callable[..., Pass]
         if isinstance(target, type) and issubclass(target, Pass):
             registered, make = name or target.name, target
         else:
             registered = name or getattr(target, "__name__", "").replace("_", "-")
-            make = functools.partial(_function_pass, target, registered)  # type: ignore[assignment]
+            function: Any = target
+            make = functools.partial(FunctionPass, function, registered, "user")
         if not registered:
             raise OptionError(f"{target!r} has no name; give one: register_pass(name='…')")
         if registered in _own():
@@ -55,12 +55,6 @@ def register_pass(*, after: str | None = None, name: str | None = None) -> Calla
         return target
 
     return register
-
-
-def _function_pass(
-    function: Callable[[fx.GraphModule], fx.GraphModule | None], name: str
-) -> FunctionPass:
-    return FunctionPass(function, name, "user")
 
 
 def unregister_pass(name: str) -> None:

@@ -38,7 +38,8 @@ def _mixed_linear(
     graph: MixGraph, node: fx.Node, site: LinearSite, matrix: Matrix, mode: str
 ) -> fx.Node:
     """Insert the three ops; operands are read from the node now, not from when it was found: an
-    earlier rewrite may have replaced them."""
+    earlier rewrite may have replaced them.
+    """
     assert matrix.packed is not None
     x, _, bias = node.args
     layout = matrix.packed.layout

@@ -82,8 +82,7 @@ class SelectKernels(Pass):
             x, mode, group = quantizer.args
             args = (x, mode, group, 0, kernel)
             node = graph.replace(
-                quantizer,
-                lambda args=args: graph.graph.call_function(lowered.LOWERED_QUANTIZE, args),
+                quantizer, lambda: graph.graph.call_function(lowered.LOWERED_QUANTIZE, args)
             )
             record = QuantizedSite(_any_matrix(readers), "quantize_activation", kernel)
             annotate(node, record)

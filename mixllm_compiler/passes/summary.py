@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import compat
 from ..formats.bits import resident_bits, true_bits
@@ -99,14 +99,16 @@ def kernel_sources(graph: MixGraph) -> dict[str, str]:
     """File name → source of every generated kernel that the graph's lowered ops call."""
     found = {}
     for node in graph.calls(LOWERED_LINEAR):
-        scales, blob, bias, layout, dtype, kernel = (node.args[i] for i in (1, 3, 4, 5, 6, 7))
+        args: Any = node.args
+        scales, blob, bias, layout, dtype, kernel = (args[i] for i in (1, 3, 4, 5, 6, 7))
         quantizer = scales.args[0]
+        device = graph.module.get_buffer(blob.target).device
         spec = linear_spec(
             Layout.parse(layout),
             quantizer.args[1],
             dtype,
             bias is not None,
-            Target.of(graph.module._buffers[blob.target].device),
+            Target.of(device),
         )
         widths = "".join(f"w{b}" for b in spec.layout.widths)
         found[f"{kernel}-linear-{widths}-{spec.numerics.mode}.py"] = generate(spec)

@@ -77,7 +77,7 @@ class GraphRecord:
         return sum((r.true_bits or 0) * r.n * r.k for r in self.quantized) / max(weights, 1)
 
     def headline(self) -> str:
-        """`mixllm: 84 linears, 4.40 true bits (asked 4.40), predicted loss +0.021, 3.3x smaller`."""
+        """`mixllm: 84 linears, 4.40 true bits (asked 4.40 bits), predicted KL 0.021, …`."""
         if not self.quantized:
             return f"mixllm: nothing quantized, {len(self.linears)} linears kept float"
         bits = self.true_bits()
@@ -100,6 +100,7 @@ _count = 0
 
 
 def add(record: GraphRecord) -> None:
+    """Keep the record of a graph that was just compiled."""
     global _count
     _count += 1
     _RECORDS.append(record)

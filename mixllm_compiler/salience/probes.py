@@ -47,9 +47,11 @@ def _ids(graph: MixGraph, place: dict[fx.Node, int]) -> int | None:
         table = next((b for a in node.args if (b := graph.weight_binding(a))), None)
         rows = table.tensor.shape[0] if table is not None else 0
         for reader in map(_seen_through, node.args):
-            if reader in place and reader not in graph.bindings:
-                if _is_ids(graph.inputs[place[reader]]) and (best is None or rows > best[0]):
-                    best = rows, place[reader]
+            if not isinstance(reader, fx.Node) or reader not in place:
+                continue
+            ids = reader not in graph.bindings and _is_ids(graph.inputs[place[reader]])
+            if ids and (best is None or rows > best[0]):
+                best = rows, place[reader]
     return best[1] if best else None
 
 

@@ -167,7 +167,7 @@ def profile(
         logits = flat[where.logits] if where.logits is not None else None
         loss, tokens, kind = _loss(logits, ids, mask, flat, seed)
         if loss is not None and loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             tally.loss = kind
             tally.add(run.found, run.batch, tokens)
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach(), outputs)
@@ -213,15 +213,16 @@ def _loss(
         labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=draw).flatten()
         total = F.cross_entropy(flat, labels, reduction="sum")
         return total, flat.shape[0], "sampled labels"
-    total, tokens = None, 1
+    summed: Tensor | None = None
+    tokens = 1
     for out in outputs:
         if isinstance(out, Tensor) and out.requires_grad and out.is_floating_point():
             draw = torch.Generator().manual_seed(seed)
             direction = torch.randn(out.shape, generator=draw).to(out.device)
             part = (out.float() * direction).sum() / out.shape[-1] ** 0.5
-            total = part if total is None else total + part
+            summed = part if summed is None else summed + part
             tokens = max(tokens, out.numel() // out.shape[-1])
-    return total, tokens, "random projection"
+    return summed, tokens, "random projection"
 
 
 def weight_error(weight: Tensor, formats: Sequence[RowFormat]) -> Tensor:

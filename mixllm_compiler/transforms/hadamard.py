@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
-
-
-@functools.lru_cache(maxsize=16)
-def _signs(block: int) -> Tensor:
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while h.shape[0] < block:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
-    return h
 
 
 def hadamard_matrix(block: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -24,21 +14,37 @@ def hadamard_matrix(block: int, dtype: torch.dtype = torch.float64) -> Tensor:
     Raises:
         OptionError: the block is not a power of two.
     """
-    if block < 1 or block & (block - 1):
-        raise OptionError(f"a Hadamard block must be a power of two, not {block}")
-    return (_signs(block) / block**0.5).to(dtype)
+    _check(block)
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < block:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
+    return (h / block**0.5).to(dtype)
 
 
 def block_hadamard(x: Tensor, block: int) -> Tensor:
     """Transform the last dimension of x [..., K] in blocks; K must be a multiple of `block`.
 
+    Sums are formed in pairs (log2(block) rounds of butterflies), not by a matrix product: that
+    keeps fp32 within 1e-6 of the sum of magnitudes, gives every row the same bits whatever the
+    other rows are, and no reduced-precision mode of matrix units touches it.
+
     Raises:
-        OptionError: K is not a multiple of the block.
+        OptionError: the block is not a power of two, or K is not a multiple of it.
     """
+    _check(block)
     if x.shape[-1] % block:
         raise OptionError(f"K = {x.shape[-1]} is not a multiple of the Hadamard block {block}")
-    h = hadamard_matrix(block, x.dtype).to(x.device)
-    return (x.unflatten(-1, (-1, block)) @ h).flatten(-2)
+    y, half = x.unflatten(-1, (-1, block)), 1
+    while half < block:
+        a, b = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        half *= 2
+    return (y * block**-0.5).flatten(-2)
+
+
+def _check(block: int) -> None:
+    if block < 1 or block & (block - 1):
+        raise OptionError(f"a Hadamard block must be a power of two, not {block}")
 
 
 def block_for(k: int, wanted: int) -> int:

@@ -73,7 +73,7 @@ def quantized_input(x: Tensor, mode: str, group: int) -> tuple[np.ndarray, np.nd
     x = x.float().numpy()
     missing = -x.shape[-1] % group
     x = np.concatenate([x, np.zeros((*x.shape[:-1], missing), np.float32)], -1)
-    parts = x.reshape(*x.shape[:-1], -1, group)
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
     top = np.abs(parts).max(-1)
     if mode == "token":
         top = top.max(-1, keepdims=True)
@@ -148,11 +148,11 @@ def test_integers_are_exact_with_unit_scales(case):
         groups = -(-k // case.group)
         codes = torch.randint(fmt.qmin, fmt.qmax + 1, (len(rows), k), generator=generator)
         zeros = torch.randint(0, fmt.qmax + 1, (len(rows), groups), generator=generator)
-        integers[rows] = codes.numpy()
+        integers[rows.numpy()] = codes.numpy()
         if fmt.symmetric:
             stored = RowCodes(fmt, codes.to(torch.int8), torch.ones(len(rows), groups).half(), None)
         else:
-            integers[rows] -= zeros.numpy().repeat(case.group, 1)[:, :k]
+            integers[rows.numpy()] -= zeros.numpy().repeat(case.group, 1)[:, :k]
             ones = torch.ones(len(rows), groups).half()
             stored = RowCodes(fmt, codes.to(torch.uint8), ones, zeros.to(torch.uint8))
         parts.append(stored)

@@ -8,8 +8,7 @@ import torch
 
 from ...errors import LoweringError
 from ..spec import KernelSpec, QuantizerSpec
-from .launch import module
-from .schedule import BAND
+from .launch import linear_options, module, quantizer_launch
 from .support import interpreted
 
 _POINTERS = {
@@ -37,32 +36,13 @@ def compile_ptx(
     if interpreted():
         raise LoweringError("TRITON_INTERPRET=1 makes Triton interpret kernels, not compile them")
     if isinstance(spec, QuantizerSpec):
-        kernel, constants, warps, stages = _quantizer(spec, groups)
+        kernel, options = module(spec).quantize, quantizer_launch(spec, groups)[1]
     else:
-        kernel, constants, warps, stages = _linear(spec, block_m)
-    return _compile(kernel, _signature(kernel, spec), constants, warps, stages, capability)
-
-
-def _quantizer(spec: QuantizerSpec, groups: int) -> tuple[Any, dict[str, int], int, int]:
-    from .launch import quantizer_launch
-
-    block, warps, _ = quantizer_launch(spec, groups)
-    return module(spec).quantize, {"BLOCK_G": block}, warps, 1
-
-
-def _linear(spec: KernelSpec, block_m: int | None) -> tuple[Any, dict[str, int], int, int]:
-    found = [b for b in spec.schedule if block_m in (None, b.block_m)]
-    if not found:
-        raise LoweringError(f"no bucket of {block_m} tokens in '{spec}'")
-    bucket = found[-1]
-    constants = {
-        "BLOCK_M": bucket.block_m,
-        "ROWS": bucket.rows,
-        "SPLIT": bucket.split,
-        "STAGES": bucket.stages,
-        "BAND": BAND,
-    }
-    return module(spec).linear, constants, bucket.warps, bucket.stages
+        found = [b for b in spec.schedule if block_m in (None, b.block_m)]
+        if not found:
+            raise LoweringError(f"no bucket of {block_m} tokens in '{spec}'")
+        kernel, options = module(spec).linear, linear_options(found[-1])
+    return _compile(kernel, _signature(kernel, spec), options, capability)
 
 
 def _signature(kernel: Any, spec: KernelSpec | QuantizerSpec) -> dict[str, str]:
@@ -77,28 +57,25 @@ def _signature(kernel: Any, spec: KernelSpec | QuantizerSpec) -> dict[str, str]:
 
 
 def _compile(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[str, int],
-    warps: int,
-    stages: int,
-    capability: int,
+    kernel: Any, signature: dict[str, str], options: dict[str, Any], capability: int
 ) -> str:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    names = kernel.arg_names
+    constants = {name: value for name, value in options.items() if name in names}
     signature = {name: "constexpr" if name in constants else t for name, t in signature.items()}
     # Allocations of torch are aligned to 16 bytes and more; the launcher finds the same.
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
+        for i, name in enumerate(names)
         if signature[name].startswith("*")
     }
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={name: value for name, value in options.items() if name not in names},
     )
     ptx: str = compiled.asm["ptx"]
     return ptx

@@ -15,8 +15,9 @@ from . import layout
 VERSION = "triton.v1"
 """Name of these kernels in ops. Another meaning of the ops' arguments needs another name."""
 
-SMALLEST_DOT = 32
-"""Least extent along k of a dot of int8 operands."""
+GROUPS = (32, 64, 128)
+"""Group sizes with kernels. A dot of int8 needs 32 along k; tiles of more than 128 do not fit the
+shared memory of every GPU, three of them deep."""
 
 
 def generate(spec: KernelSpec | QuantizerSpec) -> str:
@@ -26,6 +27,7 @@ def generate(spec: KernelSpec | QuantizerSpec) -> str:
         LoweringError: these templates cannot express the spec.
     """
     if isinstance(spec, QuantizerSpec):
+        chunk_of(spec.group)  # refuses the same groups as the linear that reads the codes
         return _template("quantize.py.jinja").render(
             version=VERSION, spec=spec, group=spec.group, mode=spec.mode
         )
@@ -41,6 +43,7 @@ def generate(spec: KernelSpec | QuantizerSpec) -> str:
         order_bytes=4 * layout.TILE,
         chunk_k=chunk_of(group),
         widths=[_Width.of(bits, group) for bits in spec.layout.widths],
+        counts=[f"tiles_w{bits}" for bits in spec.layout.widths],
         mode=spec.numerics.mode,
         out=dtype_name(spec.numerics.out),
         bias=spec.numerics.bias,
@@ -51,14 +54,11 @@ def chunk_of(group: int) -> int:
     """Elements of k that one dot takes: half a group, since a nibble plane gives half a group.
 
     Raises:
-        LoweringError: no dot has that extent.
+        LoweringError: there are no kernels for that group size.
     """
-    if group < SMALLEST_DOT or group & (group - 1):
-        raise LoweringError(
-            f"the Triton kernels need groups of a power of two, at least {SMALLEST_DOT}; "
-            f"not {group}"
-        )
-    return max(SMALLEST_DOT, group // 2)
+    if group not in GROUPS:
+        raise LoweringError(f"the Triton kernels know groups of 32, 64 and 128, not {group}")
+    return max(GROUPS[0], group // 2)
 
 
 @functools.cache

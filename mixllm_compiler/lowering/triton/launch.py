@@ -19,7 +19,7 @@ from ...errors import LoweringError
 from ...formats.layout import Layout
 from ...formats.row_format import groups_of, padded
 from .. import sources
-from ..spec import BlobLayout, KernelSpec, Numerics, QuantizerSpec
+from ..spec import BlobLayout, Bucket, KernelSpec, Numerics, QuantizerSpec
 from ..target import Target
 from . import layout as tiles
 from .generate import generate
@@ -32,7 +32,9 @@ _MAX_WARPS = 16
 class TritonKernels:
     """The implementation behind kernel name `triton.v1`."""
 
-    def quantize_activation(self, x: Tensor, mode: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize_activation(
+        self, x: Tensor, mode: str, group: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ir.reference.quantize_activation`: the same codes, scales and sums.
 
         Raises:
@@ -49,12 +51,10 @@ class TritonKernels:
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         if codes.numel():
-            block, warps, programs = quantizer_launch(spec, groups)
+            programs, options = quantizer_launch(spec, groups)
             with _on(x.device):
                 kernel.quantize[(rows.shape[0], programs)](
-                    *(rows, codes, scales, sums, k, groups, rows.stride(0)),
-                    BLOCK_G=block,
-                    num_warps=warps,
+                    rows, codes, scales, sums, k, groups, rows.stride(0), **options
                 )
         return codes, scales, sums
 
@@ -103,16 +103,29 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def quantizer_launch(spec: QuantizerSpec, groups: int) -> tuple[int, int, int]:
-    """(groups of a program, warps, programs along K)."""
+def quantizer_launch(spec: QuantizerSpec, groups: int) -> tuple[int, dict[str, Any]]:
+    """(programs along K, compile-time options) of the quantizer."""
     if spec.mode == "token":
-        block = 1 << (groups - 1).bit_length()
-        programs = 1
+        block, programs = 1 << (groups - 1).bit_length(), 1
     else:
         block = max(1, spec.block // spec.group)
         programs = -(-groups // block)
     warps = max(1, min(_MAX_WARPS, block * spec.group // spec.per_warp))
-    return block, warps, programs
+    return programs, {"BLOCK_G": block, "num_warps": warps, "enable_fp_fusion": True}
+
+
+def linear_options(bucket: Bucket) -> dict[str, Any]:
+    """Compile-time options of one bucket of a linear."""
+    return {
+        "BLOCK_M": bucket.block_m,
+        "ROWS": bucket.rows,
+        "SPLIT": bucket.split,
+        "STAGES": bucket.stages,
+        "BAND": BAND,
+        "num_warps": bucket.warps,
+        # part · scale + acc in one instruction; said here because Triton's default is changing.
+        "enable_fp_fusion": True,
+    }
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ class Launch:
 
     grid: tuple[int]
     tiles: tuple[int, ...]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,15 +143,7 @@ def linear_launch(spec: KernelSpec, layout: Layout, m: int) -> Launch:
     bucket = spec.bucket(m)
     counts = tuple(tiles.tiles(n) for _, n in layout.widths)
     programs = sum(counts) * (tiles.TILE // bucket.rows) * -(-m // bucket.block_m)
-    options = {
-        "BLOCK_M": bucket.block_m,
-        "ROWS": bucket.rows,
-        "SPLIT": bucket.split,
-        "STAGES": bucket.stages,
-        "BAND": BAND,
-        "num_warps": bucket.warps,
-    }
-    return Launch((programs,), counts, options)
+    return Launch((programs,), counts, linear_options(bucket))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,10 +10,10 @@ A block is contiguous, and so are the blocks of a tile: a program streams throug
 starts at a multiple of 128 bytes from the blob's start.
 
 **Planes.** A code is cut into parts of 1, 2, 4 or 8 bits (5 = 4 + 1, low bits first). A plane
-holds one part of all codes of a block, row by row. Its byte j of a row holds k = j, j + B, j + 2B, …
-(B bytes a row), the first in the lowest bits: so a shift and a mask give a run of neighbouring k,
-and nothing has to be interleaved. In 4-bit rows low nibbles are the first half of the group and
-high nibbles the second.
+holds one part of all codes of a block, row by row. With B bytes a row, byte j holds k = j, j + B,
+j + 2B, …, the first in the lowest bits: so a shift and a mask give a run of neighbouring k, and
+nothing has to be interleaved. In 4-bit rows low nibbles are the first half of the group and high
+nibbles the second.
 
 **One word of metadata a row**, although 8-bit rows need no zero point and all of them leave a byte
 free: a 4-byte load can be asynchronous on a GPU, a 2-byte one cannot.

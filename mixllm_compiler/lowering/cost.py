@@ -1,0 +1,59 @@
+"""How long a mixed linear takes: a first version, a roofline.
+
+It takes whichever is longer, moving the bytes or doing the arithmetic, and adds the fixed time of a
+launch. No kernel reaches both limits, so times come out too short, least so where one limit rules:
+few tokens (bytes) and many (arithmetic). What it ranks well is layouts and widths at equal M.
+Quantizing the activations is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..formats.layout import Layout
+from ..formats.row_format import RowFormat
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at best.
+
+    Attributes:
+        bandwidth: bytes a second from its memory.
+        int8: multiplications and additions a second of int8 matrix instructions.
+        launch: seconds that a kernel takes beyond both.
+    """
+
+    bandwidth: float
+    int8: float
+    launch: float
+
+
+_LIMITS = {
+    # bandwidth: a kernel that only reads 66 MB, in CUDA-graph replay, measured 3.9e12; the product
+    # is sold with 4.8e12. int8: NVIDIA's data sheet, dense. launch: what small matrices cost in
+    # graph replay beyond their bytes, measured about 2 µs.
+    "H200": Limits(bandwidth=3.9e12, int8=1.979e15, launch=2e-6),
+}
+
+_OUTPUT_BYTES = 2  # bf16 or fp16
+
+
+def limits(target: Target) -> Limits | None:
+    """The limits of a device, None for one that is not in the table."""
+    return next((found for name, found in _LIMITS.items() if name in target.name.split()), None)
+
+
+def predict_seconds(m: int, layout: Layout, target: Target) -> float | None:
+    """Seconds of one linear with M tokens, its weights in memory; None for an unknown target."""
+    known = limits(target)
+    if known is None:
+        return None
+    weights = sum(
+        n * RowFormat(bits, layout.group, layout.family).row_bytes(layout.k)
+        for bits, n in layout.widths
+    )
+    moved = weights + m * layout.padded_k + m * layout.n * _OUTPUT_BYTES
+    arithmetic = 2 * m * layout.n * layout.padded_k
+    return known.launch + max(moved / known.bandwidth, arithmetic / known.int8)

@@ -1,0 +1,89 @@
+"""Selection: the best lowering that supports a linear, with the reasons of those passed over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixllm_compiler.errors import LoweringError, OptionError
+from mixllm_compiler.formats.layout import Layout, packing
+from mixllm_compiler.lowering.cost import predict_seconds
+from mixllm_compiler.lowering.select import LOWERINGS, select
+from mixllm_compiler.lowering.target import Target
+
+LAYOUT = Layout(4096, ((4, 3712), (8, 384)), 128)
+H200 = Target.parse("cuda sm_90 NVIDIA H200")
+CPU = Target("cpu")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("mode", ["token", "group"])
+@pytest.mark.parametrize("target", ["cuda sm_80", "cuda sm_89", "cuda sm_90", "cuda sm_120"])
+def test_gpus_from_sm_80_get_triton(mode, target):
+    choice = select(LAYOUT, mode, BF16, Target.parse(target))
+    assert (choice.lowering, choice.kernel) == ("triton", "triton.v1")
+    assert (choice.packing, choice.quantizer) == ("tiles64.v1", "kernel")
+    assert choice.reasons == ()
+
+
+def test_cpus_get_the_reference_and_learn_why():
+    choice = select(LAYOUT, "token", BF16, CPU)
+    assert (choice.lowering, choice.packing, choice.kernel) == ("reference", "plain.v1", "")
+    assert choice.reasons[0].startswith("triton: it needs a CUDA device")
+
+
+def test_with_the_interpreter_cpus_get_triton(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select(LAYOUT, "token", BF16, CPU).lowering == "triton"
+
+
+@pytest.mark.parametrize(
+    "layout, dtype, target, why",
+    [
+        (LAYOUT, BF16, "cuda sm_75", "sm_80 or newer"),
+        (LAYOUT, torch.float64, "cuda sm_90", "not torch.float64"),
+        (Layout(4096, ((4, 64),), 48), BF16, "cuda sm_90", "not 48"),
+        (Layout(4096, ((4, 64),), 256), BF16, "cuda sm_90", "not 256"),
+        (Layout(4096, ((4, 64),), 128, "two-level"), BF16, "cuda sm_90", "'two-level'"),
+    ],
+)
+def test_what_triton_cannot_do_goes_to_the_reference_with_a_reason(layout, dtype, target, why):
+    choice = select(layout, "token", dtype, Target.parse(target))
+    assert choice.lowering == "reference"
+    assert why in choice.reasons[0]
+
+
+def test_one_lowering_can_be_demanded():
+    assert select(LAYOUT, "token", BF16, H200, only="reference").lowering == "reference"
+    with pytest.raises(LoweringError, match="needs a CUDA device"):
+        select(LAYOUT, "token", BF16, CPU, only="triton")
+
+
+def test_an_unknown_lowering_names_the_nearest():
+    with pytest.raises(OptionError, match="Did you mean 'triton'"):
+        select(LAYOUT, "token", BF16, CPU, only="tritn")
+
+
+def test_every_lowering_reads_a_known_packing():
+    for lowering in LOWERINGS.values():
+        assert packing(lowering.packing).name == lowering.packing
+
+
+def test_cost_is_none_where_nothing_is_known():
+    assert predict_seconds(1, LAYOUT, CPU) is None
+    assert predict_seconds(1, LAYOUT, Target.parse("cuda sm_90 NVIDIA H2000")) is None
+
+
+def test_few_tokens_cost_bytes_and_many_cost_arithmetic():
+    wide = Layout(4096, ((8, 4096),), 128)
+    few = [predict_seconds(1, layout, H200) for layout in (LAYOUT, wide)]
+    many = [predict_seconds(8192, layout, H200) for layout in (LAYOUT, wide)]
+    assert few[0] < few[1]
+    assert many[0] == many[1]
+    assert 2e-6 < few[0] < 6e-6
+    assert predict_seconds(4096, LAYOUT, H200) < many[0]

@@ -1,0 +1,91 @@
+"""Compiled models against eager ones whose linears compute in float64 (`support.OracleLinear`)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import mixllm_compiler
+from mixllm_compiler.allocation.plan import Plan
+from tests.helpers import EAGER, token_ids
+from tests.models.support import ARCHITECTURES, build, kl, oracle_of, plan_of
+
+IDS = token_ids(2, 96)
+PROMPT = token_ids(2, 9, seed=2)
+NEW_TOKENS = 64
+TIE = 1e-3  # closer logits may change places by rounding
+
+
+class Case(NamedTuple):
+    exact: Any
+    oracle: Any
+    compiled: Any
+    plan: Plan
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
+    exact, model = build(kind, dtype=dtype), build(kind, dtype=dtype)
+    plan = plan_of(exact, IDS)
+    assert len(plan.rows_per_width()) > 1  # a mix
+    compiled = mixllm_compiler.compile(model, plan=plan, **{**EAGER, **options})
+    return Case(exact, oracle_of(exact, plan), compiled, plan)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request):
+    return make(request.param)
+
+
+@torch.no_grad()
+def kl_ratio(case: Case) -> float:
+    """KL(compiled ‖ oracle) / KL(oracle ‖ float)."""
+    exact, oracle, compiled = (m(IDS).logits for m in (case.exact, case.oracle, case.compiled))
+    quantization = kl(oracle, exact)
+    assert quantization > 1e-4, "quantization changes nothing here: a useless test"
+    return kl(compiled, oracle) / quantization
+
+
+def generate(model: Any, cache: str) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [B, T] after the prompt, and the gaps between the two largest logits."""
+    implementation = {} if cache == "dynamic" else {"cache_implementation": cache}
+    out = model.generate(
+        PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **implementation,
+    )
+    top = torch.stack(out.logits, 1).float().topk(2).values
+    return out.sequences[:, PROMPT.shape[1] :], top[..., 0] - top[..., 1]
+
+
+def compared_tokens(tokens: Tensor, expected: Tensor, gaps: Tensor) -> int:
+    """Tokens that must be and are equal: all of a row up to its first near tie."""
+    count = 0
+    for row in range(len(expected)):
+        near = (gaps[row] < TIE).nonzero().flatten().tolist()
+        until = near[0] if near else NEW_TOKENS
+        assert torch.equal(tokens[row, :until], expected[row, :until]), (row, until)
+        count += until
+    return count
+
+
+def test_logits_are_those_of_the_oracle(case):
+    assert kl_ratio(case) < 0.01
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generated_tokens_are_those_of_the_oracle(case, cache):
+    expected, gaps = generate(case.oracle, cache)
+    tokens, _ = generate(case.compiled, cache)
+    assert compared_tokens(tokens, expected, gaps) >= NEW_TOKENS  # of two rows
+
+
+def test_the_oracle_does_not_write_what_the_float_model_writes(case):
+    """Otherwise equal tokens would prove nothing."""
+    assert not torch.equal(generate(case.oracle, "dynamic")[0], generate(case.exact, "dynamic")[0])
