@@ -61,15 +61,21 @@ def _compile(
     graph = capture(gm, example_inputs)
     ctx = run_passes(graph, options)
     matrices = [m for m in graph.matrices.values() if m.widths is not None]
-    if matrices:
-        _guard(graph)
+    baked = [m for m in graph.matrices.values() if m.attr]
+    for matrix in baked:
+        # Recompile when another tensor stands where a quantized weight stood.
+        if matrix.binding.source is not None:
+            compat.guard_identity(matrix.binding.source)
     # A tied embedding still reads its table, and that one is never freed.
     freed = [m for m in matrices if options.release and not m.binding.node.users]
     for matrix in freed:
         release(matrix.binding.tensor)
     keep = drop_unread_weights(graph)
-    if matrices:
-        _install_freshness(graph, matrices)
+    if any(m.binding.source is not None for m in baked):
+        compat.guard_check(
+            freshness_check(m.binding.tensor for m in baked),
+            "a weight was changed in place since it was quantized",
+        )
     record = summarize(graph, ctx)
     records.add(record)
     if record.note:
@@ -102,21 +108,6 @@ def _target(graph: MixGraph) -> Target:
     devices = [b.tensor.device for b in graph.bindings.values()]
     devices += [v.device for v in graph.inputs if isinstance(v, torch.Tensor)]
     return Target.of(devices[0] if devices else torch.device("cpu"))
-
-
-def _guard(graph: MixGraph) -> None:
-    """Recompile when another tensor stands where a quantized weight stood."""
-    for matrix in graph.matrices.values():
-        if matrix.widths is not None and matrix.binding.source is not None:
-            compat.guard_identity(matrix.binding.source)
-
-
-def _install_freshness(graph: MixGraph, matrices: list[Any]) -> None:
-    # Not only where a source is known: under freezing, weights arrive without one.
-    compat.guard_check(
-        freshness_check(m.binding.tensor for m in matrices),
-        "a weight was changed in place since it was quantized",
-    )
 
 
 def drop_unread_weights(graph: MixGraph) -> list[int]:

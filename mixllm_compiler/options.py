@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,10 @@ class Options:
 
     def resolved_plan(self) -> Plan | None:
         """The plan object, loaded if a path was given."""
+        return self._plan
+
+    @cached_property
+    def _plan(self) -> Plan | None:
         from .allocation.plan import Plan
 
         if self.plan is None or isinstance(self.plan, Plan):

@@ -52,9 +52,14 @@ class SitePlan:
         for bits in self.rows_per_width():
             RowFormat(bits, self.group, self.family)
 
+    @cached_property
+    def raw(self) -> bytes:
+        """The widths as bytes: read once, for tensors cannot be read while torch traces."""
+        return self.widths.numpy().tobytes()
+
     def rows_per_width(self) -> dict[int, int]:
         """Bits → rows, ascending."""
-        counts = np.bincount(self.widths.numpy()).tolist()
+        counts = np.bincount(np.frombuffer(self.raw, np.uint8)).tolist()
         return {bits: count for bits, count in enumerate(counts) if count}
 
     @property
@@ -77,7 +82,7 @@ class SitePlan:
         return hash(self._key())
 
     def _key(self) -> tuple[int, int, int, str, bytes]:
-        return self.n, self.k, self.group, self.family, self.widths.numpy().tobytes()
+        return self.n, self.k, self.group, self.family, self.raw
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ class Plan:
         state.update(json.dumps(keys).encode())
         for name, site in sorted(self.sites.items()):
             state.update(f"\n{name} {site.n} {site.k} {site.group} {site.family} ".encode())
-            state.update(site.widths.numpy().tobytes())
+            state.update(site.raw)
         return state.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:

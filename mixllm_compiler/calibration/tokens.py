@@ -38,7 +38,7 @@ def calibration_tokens(
     """Token ids int64 [S, T].
 
     Args:
-        data: ids [S, T]; texts; the path of a text file (documents separated by blank lines); a
+        data: ids [S, T]; texts; the path of a text file (see `split_documents`); a
             `datasets` id `name[:config[:split]]` (needs the extra `eval`); or "self": the model
             writes the text.
         tokenizer: for text; by default the one saved beside the model.
@@ -65,8 +65,7 @@ def calibration_tokens(
 def _documents(data: str | Path) -> list[str]:
     path = Path(data)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        return [d for d in text.split("\n\n") if d.strip()]
+        return split_documents(path.read_text(encoding="utf-8"))
     if path.suffix or "\n" in str(data) or " " in str(data):
         raise OptionError(f"there is no calibration file {str(data)!r}")
     try:
@@ -79,6 +78,13 @@ def _documents(data: str | Path) -> list[str]:
     name, config, split = (*str(data).split(":"), "", "")[:3]
     loaded = datasets.load_dataset(name, config or None, split=split or "train")
     return [row["text"] for row in loaded if row["text"].strip()]
+
+
+def split_documents(text: str) -> list[str]:
+    """Documents of a text: separated by two blank lines or, where there are none, by one."""
+    text = text.replace("\r\n", "\n").strip()
+    separator = "\n\n\n" if "\n\n\n" in text else "\n\n"
+    return [stripped for part in text.split(separator) if (stripped := part.strip())]
 
 
 def tokenizer_of(model: nn.Module) -> Any:

@@ -18,6 +18,10 @@ Ops are defined with `Library.define` and one implementation per device: 2.5 µs
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -26,6 +30,8 @@ from ..formats.row_format import groups_of, padded
 from . import reference
 
 MODES = ("token", "group")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 library = torch.library.Library("mixllm", "DEF")
 library.define("hadamard(Tensor x, int block) -> Tensor")
@@ -41,11 +47,29 @@ library.define(
     " ScalarType dtype) -> Tensor"
 )
 
+
+def _exact(kernel: Callable[P, R]) -> Callable[P, R]:
+    """Run a kernel without the caller's autocast: its products of integers must not become bf16."""
+
+    @functools.wraps(kernel)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        if not torch.is_autocast_enabled(first.device.type):
+            return kernel(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return run
+
+
 # One Python kernel for every device: whoever lowers a graph puts its own ops in.
-library.impl("hadamard", reference.hadamard, "CompositeExplicitAutograd")
-library.impl("quantize_activation", reference.quantize_activation, "CompositeExplicitAutograd")
-library.impl("mixed_gemm", reference.mixed_gemm, "CompositeExplicitAutograd")
-library.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
+for _kernel in (
+    reference.hadamard,
+    reference.quantize_activation,
+    reference.mixed_gemm,
+    reference.dequantize,
+):
+    library.impl(_kernel.__name__, _exact(_kernel), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mixllm::hadamard", lib=library)

@@ -148,9 +148,14 @@ class PlanStore:
     def find(self, digest: str, matrices: list[Matrix]) -> PlannedModel | None:
         """The plan that covers all these weights, if there is one."""
         with _LOCK:
-            live = [p for p in self._plans.get(digest, []) if p.alive()]
-            self._plans[digest] = live
-            return next((p for p in reversed(live) if p.covers(matrices)), None)
+            self._forget_dead()
+            plans = self._plans.get(digest, [])
+            return next((p for p in reversed(plans) if p.covers(matrices)), None)
+
+    def _forget_dead(self) -> None:
+        """Drop the plans of models that are gone, whatever options made them."""
+        live = ((digest, [p for p in plans if p.alive()]) for digest, plans in self._plans.items())
+        self._plans = {digest: plans for digest, plans in live if plans}
 
     def piece_before(
         self, digest: str, root: torch.nn.Module | None, matrices: list[Matrix]

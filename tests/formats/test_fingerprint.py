@@ -154,7 +154,7 @@ def test_other_weights_of_the_same_architecture():
 
 
 def test_another_dtype_is_told_apart_from_other_values():
-    with pytest.raises(PlanMismatch, match="q_proj.weight is bfloat16, the plan says float32"):
+    with pytest.raises(PlanMismatch, match=r"q_proj\.weight is bfloat16, the plan says float32"):
         match(fingerprint(model(torch.bfloat16)), fingerprint(model()))
 
 

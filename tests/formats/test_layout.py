@@ -42,7 +42,7 @@ def test_sections_of_the_plain_blob_begin_at_16_bytes():
 
 @pytest.mark.parametrize("text", ["", "w4:3 g128", "k8 w8:1 w4:1 g16 asym plain.v1"])
 def test_other_text(text):
-    with pytest.raises(OptionError, match="is no layout|not in ascending order"):
+    with pytest.raises(OptionError, match=r"is no layout|not in ascending order"):
         Layout.parse(text)
 
 

@@ -1,4 +1,4 @@
-"""Random quantized weights and activations, and the float64 oracle that kernels are held against."""
+"""Random quantized weights, and the float64 oracle that kernels are held against."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def assert_close(y: Tensor, expected: Tensor, magnitude: Tensor) -> None:
 
 
 class Guarded:
-    """Stands in for the launcher's `allocate`: poisons outputs and watches the bytes around them."""
+    """Stands in for the launcher's `allocate`: poisons outputs, watches the bytes around them."""
 
     GUARD = 512  # bytes; keeps the alignment of torch's allocations
 

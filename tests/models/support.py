@@ -124,8 +124,9 @@ def oracle_of(model: Any, plan: Plan) -> Any:
     """A copy of a float model with the planned modules replaced by the oracle's."""
     twin = copy.deepcopy(model)
     homes = linear_modules(twin)
-    assert homes.keys() == plan.sites.keys()
-    for name, (module, n, _) in homes.items():
+    assert homes.keys() == plan.sites.keys() | plan.float_sites.keys()
+    for name in plan.sites:
+        module, n, _ = homes[name]
         parent, _, leaf = name.rpartition(".")
         exact = OracleLinear(module, n, plan.sites[name].widths, plan.activation_mode)
         setattr(twin.get_submodule(parent), leaf, exact)

@@ -80,9 +80,7 @@ def test_the_bound_is_the_linear_optimum(problem):
 @given(problems(), st.floats(0, 5))
 def test_any_price_gives_a_valid_bound(problem, price):
     loss, cost, budget = problem
-    assert lower_bound(loss, cost, budget, price) <= (
-        best_by_trying_all(loss, cost, budget) + 1e-9
-    )
+    assert lower_bound(loss, cost, budget, price) <= (best_by_trying_all(loss, cost, budget) + 1e-9)
 
 
 @given(problems())

@@ -56,7 +56,5 @@ def test_the_layout_says_what_is_in_the_blob(weight):
 
 @given(quantized())
 def test_bytes_follow_from_widths_alone(weight):
-    rows = sum(
-        RowFormat(int(b), weight.group).row_bytes(weight.k) for b in weight.widths.tolist()
-    )
+    rows = sum(RowFormat(int(b), weight.group).row_bytes(weight.k) for b in weight.widths.tolist())
     assert weight.true_bytes() == rows + width_bytes(weight.n)

@@ -18,7 +18,7 @@ def test_a_row_worked_out_by_hand():
 
 
 def test_symmetric_rows_use_127_steps_on_both_sides():
-    rows = quantize_rows(torch.tensor([[-12.7, 6.35, 0.1]]), RowFormat(8, 16))
+    rows = quantize_rows(torch.tensor([[-12.7, 6.3, 0.1]]), RowFormat(8, 16))
     assert rows.zeros is None
     assert rows.codes.dtype == torch.int8
     assert rows.codes.tolist() == [[-127, 63, 1]]

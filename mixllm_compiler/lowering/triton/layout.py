@@ -16,7 +16,8 @@ nothing has to be interleaved. In 4-bit rows low nibbles are the first half of t
 nibbles the second.
 
 **One word of metadata a row**, although 8-bit rows need no zero point and all of them leave a byte
-free: a 4-byte load can be asynchronous on a GPU, a 2-byte one cannot.
+free: a 4-byte load can be asynchronous on a GPU, a 2-byte one cannot. At group 128 this costs 0.09
+bits a weight beyond the stored form.
 """
 
 from __future__ import annotations
