@@ -71,7 +71,7 @@ def score(
     ids = calibration_tokens(
         data, model, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
     )
-    run = ScoringRun(opts, kind)
+    run = ScoringRun(opts, kind, seed)
     for at in range(0, len(ids), batch):
         run.feed(model, ids[at : at + batch])
         if progress is not None:
@@ -113,6 +113,8 @@ def quantize(model: M, plan: Plan) -> M:
     """
     homes = _linear_modules(model)
     planned = [name for name in homes if planned_name(plan, name)]
+    for name in planned:
+        compat.refuse_released(homes[name].weight, f"{name}.weight")  # type: ignore[arg-type]
     own = fingerprint({name: _matrix(homes[name]) for name in planned})
     names = {theirs: ours for ours, theirs in plan.match(own, subset=True).items()}
     missing = [name for name in plan.sites if name not in names]

@@ -71,9 +71,13 @@ def _compile(
     for matrix in freed:
         release(matrix.binding.tensor)
     keep = drop_unread_weights(graph)
-    if any(m.binding.source is not None for m in baked):
+    graph.refuse_released()
+    # Under freezing, weights are attributes and have no source; Dynamo's debugging aids compile
+    # clones of the weights, which have none either and are gone before the first call.
+    own = [m.binding for m in baked if m.binding.source or m.binding.node.op == "get_attr"]
+    if own:
         compat.guard_check(
-            freshness_check(m.binding.tensor for m in baked),
+            freshness_check(binding.tensor for binding in own),
             "a weight was changed in place since it was quantized",
         )
     record = summarize(graph, ctx)

@@ -117,6 +117,8 @@ def _refuse_what_cannot_run(graph: MixGraph) -> None:
             f"{type(graph.root).__name__} is in training mode; quantized weights cannot be "
             "trained. Call model.eval() first"
         )
+    if not torch.is_grad_enabled():
+        return
     for node, value in zip(graph.placeholders(), graph.inputs, strict=True):
         if isinstance(value, Tensor) and value.requires_grad and node not in graph.bindings:
             raise GradModeError(

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import MixLLMError
+from .errors import MixLLMError, WeightError
 
 
 class IncompatibleTorch(MixLLMError):
@@ -147,10 +147,10 @@ def hint(value: Any) -> Any:
 
 
 def fallback_exceptions() -> tuple[type[BaseException], ...]:
-    """Exceptions that Dynamo turns into a warning and a float model."""
-    from torch._dynamo.exc import exceptions_allowed_to_be_fallback
+    """Exceptions that Dynamo turns into a float model, with a warning or without."""
+    from torch._dynamo.exc import SkipFrame, exceptions_allowed_to_be_fallback
 
-    return tuple(exceptions_allowed_to_be_fallback)
+    return (*exceptions_allowed_to_be_fallback, SkipFrame)
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
@@ -194,6 +194,19 @@ def is_released(weight: Tensor) -> bool:
     return (
         weight.device.type != "meta" and weight.numel() > 0 and weight.untyped_storage().size() == 0
     )
+
+
+def refuse_released(weight: Tensor, name: str) -> None:
+    """To be asked before every read of a float weight.
+
+    Raises:
+        WeightError: its storage was released.
+    """
+    if is_released(weight):
+        raise WeightError(
+            f"the float weight {name} was released after an earlier compilation and cannot be "
+            "read again; reload the model to compile it with other options"
+        )
 
 
 @functools.cache

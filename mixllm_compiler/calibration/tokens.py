@@ -50,8 +50,9 @@ def calibration_tokens(
     """
     if isinstance(data, Tensor):
         if data.dim() != 2 or data.dtype not in (torch.int64, torch.int32):
-            raise OptionError(f"token ids must be integers [S, T], not {data.dtype} {data.shape}")
-        return data.long()
+            shape = list(data.shape)
+            raise OptionError(f"token ids must be integers [S, T], not {data.dtype} {shape}")
+        return _known(data.long(), model)
     length = sequence_length(model, length)
     if isinstance(data, str) and data == "self":
         return written_by(model, sequences, length, seed)
@@ -59,7 +60,24 @@ def calibration_tokens(
         documents = _documents(data)
     else:
         documents = list(data)
-    return pack_documents(documents, tokenizer or tokenizer_of(model), sequences, length)
+    ids = pack_documents(documents, tokenizer or tokenizer_of(model), sequences, length)
+    return _known(ids, model)
+
+
+def _known(ids: Tensor, model: nn.Module) -> Tensor:
+    """The same ids, all of which the model has an embedding for; a GPU would stop at a wrong one.
+
+    Raises:
+        OptionError: an id is none of the model's, so they come from another tokenizer.
+    """
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(table, "num_embeddings", None)
+    if size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise OptionError(
+            f"token ids go from {int(ids.min())} to {int(ids.max())}, the model knows 0 to "
+            f"{size - 1}: they were made with another model's tokenizer"
+        )
+    return ids
 
 
 def _documents(data: str | Path) -> list[str]:
@@ -113,7 +131,7 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, sequences: int, len
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer.encode(document, add_special_tokens=False)
+        ids += tokenizer.encode(document, add_special_tokens=False, verbose=False)
         if end is not None:
             ids.append(end)
         if len(ids) >= sequences * length:
@@ -138,10 +156,10 @@ def written_by(model: nn.Module, sequences: int, length: int, seed: int = 0) -> 
     config: Any = model.config
     device = next(model.parameters()).device
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-    prompt = torch.full((sequences, 1), int(start or 0), dtype=torch.long, device=device)
-    kept = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    start = next(iter(start), 0) if isinstance(start, list | tuple) else start or 0
+    prompt = torch.full((sequences, 1), int(start), dtype=torch.long, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         ids: Tensor = generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -149,10 +167,9 @@ def written_by(model: nn.Module, sequences: int, length: int, seed: int = 0) -> 
             temperature=1.0,
             top_k=0,
             top_p=1.0,
+            repetition_penalty=1.0,
             min_new_tokens=length - 1,
             max_new_tokens=length - 1,
-            pad_token_id=int(start or 0),
+            pad_token_id=int(start),
         )
-    finally:
-        torch.random.set_rng_state(kept)
     return ids

@@ -58,7 +58,7 @@ def add(app: typer.Typer, function: Verb, panel: str) -> None:
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("Examples:\n")
     app.command(
         name=function.__name__,
-        help=text.strip(),
+        help="\n\n".join(" ".join(part.split()) for part in text.split("\n\n")).strip(),
         epilog=_examples(examples),
         rich_help_panel=panel,
     )(_run(function))
@@ -80,7 +80,10 @@ def _run(function: Verb) -> Callable[..., None]:
         else:
             console = stdout()
             for part in output.show:
-                console.print(part)
+                if isinstance(part, str):
+                    typer.echo(part)  # as it is: it may be a table, or text for another program
+                else:
+                    console.print(part)
         if output.failed:
             raise typer.Exit(1)
 

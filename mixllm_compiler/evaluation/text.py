@@ -101,7 +101,6 @@ def cut_windows(
     if length < 2 or (count is not None and count < 1):
         raise OptionError(f"cannot cut {count} windows of {length} tokens; a window has at least 2")
     first = begin_token(tokenizer)
-    fill = length - (begin and first is not None)
     ids: list[list[int]] = []
     sizes: list[int] = []
     window: list[int] = []
@@ -123,7 +122,7 @@ def cut_windows(
     if not ids or (count is not None and len(ids) < count):
         asked = "one window" if count is None else f"{count} windows"
         raise OptionError(
-            f"asked for {asked} of {fill} tokens, {name} gives {len(ids)} and {len(window)} "
+            f"asked for {asked} of {length} tokens, {name} gives {len(ids)} and {len(window)} "
             "tokens more; give more text or ask for less"
         )
     return Windows(torch.tensor(ids), tuple(sizes))

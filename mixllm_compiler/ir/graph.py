@@ -97,11 +97,7 @@ def readable(binding: Binding) -> Tensor:
     """
     from .. import compat
 
-    if compat.is_released(binding.tensor):
-        raise WeightError(
-            f"the float weight {binding.name} was released after an earlier compilation and "
-            "cannot be read again; reload the model to compile it with other options"
-        )
+    compat.refuse_released(binding.tensor, binding.name)
     return binding.tensor.detach()
 
 
@@ -181,6 +177,16 @@ class MixGraph:
             elif between and aliases & set(mutated_inputs(node)):
                 return True
         return False
+
+    def refuse_released(self) -> None:
+        """To be asked before the graph runs with its real weights.
+
+        Raises:
+            WeightError: a float weight that it reads was released.
+        """
+        for node, binding in self.bindings.items():
+            if node.users:
+                readable(binding)
 
     # -- changes ---------------------------------------------------------------------------------
 

@@ -63,6 +63,9 @@ class Numerics:
     out: torch.dtype
     bias: bool
 
+    def __post_init__(self) -> None:
+        _check(self.mode, self.out)
+
     def __str__(self) -> str:
         return f"{self.mode} {dtype_name(self.out)}{' bias' if self.bias else ''}"
 
@@ -146,6 +149,9 @@ class QuantizerSpec:
     block: int = 2048
     per_warp: int = 1024
 
+    def __post_init__(self) -> None:
+        _check(self.mode, self.dtype)
+
     def __str__(self) -> str:
         numerics = f"{self.mode} {dtype_name(self.dtype)}"
         return f"quantize | g{self.group} | {numerics} | {self.block},{self.per_warp}"
@@ -163,8 +169,7 @@ class QuantizerSpec:
                 f"{text!r} is no quantizer; one looks like "
                 "'quantize | g128 | token bfloat16 | 2048,1024'"
             )
-        mode, dtype = _mode(match[2], text), _dtype(match[3], text)
-        return cls(int(match[1]), mode, dtype, int(match[4]), int(match[5]))
+        return cls(int(match[1]), match[2], _dtype(match[3]), int(match[4]), int(match[5]))
 
 
 def parse(text: str) -> KernelSpec | QuantizerSpec:
@@ -197,18 +202,20 @@ def _parse_linear(text: str) -> KernelSpec:
         raise OptionError(f"the schedules of {text!r} are not in ascending order of tokens")
     return KernelSpec(
         BlobLayout(match[1], match[2], int(match[3]), widths),
-        Numerics(_mode(match[5], text), _dtype(match[6], text), match[7] is not None),
+        Numerics(match[5], _dtype(match[6]), match[7] is not None),
         buckets,
     )
 
 
-def _mode(name: str, text: str) -> str:
-    if name not in MODES:
-        raise OptionError(f"unknown activation mode {name!r} in {text!r}; modes are {MODES}")
-    return name
+def _check(mode: str, dtype: torch.dtype) -> None:
+    """Refuse what no kernel can mean."""
+    if mode not in MODES:
+        raise OptionError(f"unknown activation mode {mode!r}; modes are {' and '.join(MODES)}")
+    if dtype not in DTYPES.values():
+        raise OptionError(f"{dtype} is no float type of kernels; types are {', '.join(DTYPES)}")
 
 
-def _dtype(name: str, text: str) -> torch.dtype:
+def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise OptionError(f"unknown type {name!r} in {text!r}; types are {', '.join(DTYPES)}")
+        raise OptionError(f"unknown type {name!r}; types are {', '.join(DTYPES)}")
     return DTYPES[name]

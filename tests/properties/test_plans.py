@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from mixllm_compiler.allocation.allocate import make_plan, uniform_plan
+from mixllm_compiler.allocation.allocate import make_plan
 from mixllm_compiler.formats.bits import true_bits
 from mixllm_compiler.formats.fingerprint import fingerprint
-from mixllm_compiler.formats.row_format import WIDTHS, RowFormat
+from mixllm_compiler.formats.row_format import WIDTHS, RowFormat, width_bytes
 from mixllm_compiler.quantizers.rtn import quantize_rtn
 from mixllm_compiler.salience.scores import Scores
 
@@ -33,10 +33,15 @@ def scored_models(draw):
     sizes = {name: tuple(w.shape) for name, w in weights.items()}
     prints = fingerprint(weights)
     scores = Scores("test", formats, loss, sizes, prints, group=group)
+    # In rows of a few weights eight bits can take fewer bytes than two: they have no zero point.
+    row = [[f.row_bytes(k) for f in formats] for _, k in shapes]
+    tables = sum(width_bytes(n) for n, _ in shapes)
     least, most = (
-        uniform_plan(prints, sizes, b, group=group).true_bits for b in (widths[0], widths[-1])
+        tables + sum(n * pick(sizes) for (n, _), sizes in zip(shapes, row, strict=True))
+        for pick in (min, max)
     )
-    return weights, scores, least + (most - least) * draw(st.floats(0, 1.1))
+    budget = draw(st.integers(least, most + 100))
+    return weights, scores, 8 * budget / sum(n * k for n, k in shapes)
 
 
 @given(scored_models())

@@ -7,7 +7,8 @@ kept, so that a call costs a dictionary look-up and a launch.
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ from .schedule import BAND, schedule
 from .support import OUTPUTS, device_reason
 
 _MAX_WARPS = 16
+_buckets: Callable[[Target], tuple[Bucket, ...]] = schedule
 
 
 class TritonKernels:
@@ -42,8 +44,7 @@ class TritonKernels:
         """
         k, lead = x.shape[-1], x.shape[:-1]
         groups = groups_of(k, group)
-        spec = QuantizerSpec(group, mode, x.dtype)
-        kernel = _kernel(spec, _target(x.device))
+        spec, kernel = _quantizer_kernel(group, mode, x.dtype, x.device)
         codes = allocate((*lead, padded(k, group)), torch.int8, x.device)
         scales = allocate((*lead, 1 if mode == "token" else groups), torch.float32, x.device)
         sums = allocate((*lead, groups), torch.int32, x.device)
@@ -83,17 +84,16 @@ class TritonKernels:
             )
         # A K of one group makes the modes the same; then, as in the reference, it is "token".
         mode = "token" if scales.shape[-1] == 1 else "group"
-        spec, kernel = _linear_kernel(layout, mode, dtype, bias is not None, codes.device)
+        linear = _linear(layout, mode, dtype, bias is not None, codes.device)
         out = allocate((*lead, layout.n), dtype, codes.device)
         m = codes.numel() // layout.padded_k
         if m:
-            launch = linear_launch(spec, layout, m)
+            programs, options = linear.launch(m)
+            inputs = (codes.contiguous(), scales.contiguous(), sums.contiguous(), packed)
             extra = () if bias is None else (bias.contiguous(),)
             with _on(codes.device):
-                kernel.linear[launch.grid](
-                    *(codes.contiguous(), scales.contiguous(), sums.contiguous(), packed),
-                    *(*extra, out, m, layout.n, groups, *launch.tiles),
-                    **launch.options,
+                linear.kernel[(programs,)](
+                    *inputs, *extra, out, m, layout.n, groups, *linear.tiles, **options
                 )
         return out
 
@@ -103,6 +103,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+@functools.lru_cache(maxsize=1024)
 def quantizer_launch(spec: QuantizerSpec, groups: int) -> tuple[int, dict[str, Any]]:
     """(programs along K, compile-time options) of the quantizer."""
     if spec.mode == "token":
@@ -114,6 +115,7 @@ def quantizer_launch(spec: QuantizerSpec, groups: int) -> tuple[int, dict[str, A
     return programs, {"BLOCK_G": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
+@functools.lru_cache(maxsize=256)
 def linear_options(bucket: Bucket) -> dict[str, Any]:
     """Compile-time options of one bucket of a linear."""
     return {
@@ -128,46 +130,54 @@ def linear_options(bucket: Bucket) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Grid, run-time tile counts and compile-time options of one call of a linear."""
-
-    grid: tuple[int]
-    tiles: tuple[int, ...]
-    options: dict[str, Any]
-
-
-@functools.lru_cache(maxsize=4096)
-def linear_launch(spec: KernelSpec, layout: Layout, m: int) -> Launch:
-    """How to launch a linear of M tokens."""
-    bucket = spec.bucket(m)
-    counts = tuple(tiles.tiles(n) for _, n in layout.widths)
-    programs = sum(counts) * (tiles.TILE // bucket.rows) * -(-m // bucket.block_m)
-    return Launch((programs,), counts, linear_options(bucket))
-
-
 @functools.lru_cache(maxsize=1024)
 def linear_spec(
     layout: Layout, mode: str, dtype: torch.dtype, bias: bool, target: Target
 ) -> KernelSpec:
     """The spec that serves a layout on a target."""
-    return KernelSpec(BlobLayout.of(layout), Numerics(mode, dtype, bias), schedule(target))
+    return KernelSpec(BlobLayout.of(layout), Numerics(mode, dtype, bias), _buckets(target))
+
+
+@functools.lru_cache(maxsize=256)
+def _quantizer_kernel(
+    group: int, mode: str, dtype: torch.dtype, device: torch.device
+) -> tuple[QuantizerSpec, Any]:
+    spec = QuantizerSpec(group, mode, dtype)
+    return spec, _kernel(spec, Target.of(device))
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """What all calls of one linear have in common.
+
+    Attributes:
+        spec: of its kernel.
+        kernel: Triton's function.
+        tiles: tiles of each width.
+    """
+
+    spec: KernelSpec
+    kernel: Any
+    tiles: tuple[int, ...]
+
+    def launch(self, m: int) -> tuple[int, dict[str, Any]]:
+        """(programs, compile-time options) of a call with M tokens."""
+        bucket = self.spec.bucket(m)
+        programs = sum(self.tiles) * (tiles.TILE // bucket.rows) * -(-m // bucket.block_m)
+        return programs, linear_options(bucket)
 
 
 @functools.lru_cache(maxsize=1024)
-def _linear_kernel(
+def _linear(
     layout: Layout, mode: str, dtype: torch.dtype, bias: bool, device: torch.device
-) -> tuple[KernelSpec, Any]:
+) -> _Linear:
     if dtype not in OUTPUTS:
         raise LoweringError(f"the Triton kernels write bf16, fp16 and fp32, not {dtype}")
-    target = _target(device)
+    target = Target.of(device)
     spec = linear_spec(layout, mode, dtype, bias, target)
-    return spec, _kernel(spec, target)
-
-
-@functools.lru_cache(maxsize=64)
-def _target(device: torch.device) -> Target:
-    return Target.of(device)
+    return _Linear(
+        spec, _kernel(spec, target).linear, tuple(tiles.tiles(n) for _, n in layout.widths)
+    )
 
 
 def _kernel(spec: KernelSpec | QuantizerSpec, target: Target) -> Any:
@@ -182,6 +192,22 @@ def module(spec: KernelSpec | QuantizerSpec) -> ModuleType:
     """The generated module of a spec, imported. Triton is imported here, for the first time."""
     kind = "quantize" if isinstance(spec, QuantizerSpec) else "linear"
     return sources.load(sources.store(generate(spec), ".py", f"triton-{kind}"))
+
+
+@contextmanager
+def trying(buckets: tuple[Bucket, ...]) -> Iterator[None]:
+    """Inside, linears run with this schedule: to measure or to test one."""
+    global _buckets
+    before, _buckets = _buckets, lambda target: buckets
+    caches = (linear_spec, _linear)
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    finally:
+        _buckets = before
+        for cache in caches:
+            cache.cache_clear()
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -22,6 +22,7 @@ bits a weight beyond the stored form.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -57,6 +58,7 @@ def block_bytes(bits: int, group: int) -> int:
     return TILE * group * bits // 8 + _META_BYTES
 
 
+@functools.lru_cache(maxsize=1024)
 def blob_bytes(layout: Layout) -> int:
     """Bytes of a whole blob."""
     return sum(

@@ -1,0 +1,171 @@
+"""Arguments that several verbs take, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+
+_PLANNING = "What is quantized, and how"
+_SCORING = "What it is scored on"
+_DEVICE = "Where it runs"
+
+
+def _option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A model folder, a hub id, or 'demo' for the shipped model."
+    ),
+]
+Bits = Annotated[
+    float | None,
+    _option(
+        "--bits", "-b", help="Budget in true bits per quantized weight; 4.4 by default.",
+        panel=_PLANNING,
+    ),
+]  # fmt: skip
+Plan = Annotated[
+    Path | None,
+    _option("--plan", "-p", help="A plan made before; nothing is scored then.", panel=_PLANNING),
+]
+Preset = Annotated[
+    str,
+    _option(
+        "--preset",
+        help="'best' (knapsack over bytes, the default) or 'paper' (10 % of features by count).",
+        panel=_PLANNING,
+    ),
+]
+Widths = Annotated[
+    str | None,
+    _option("--widths", help="Bits that a row may have, as in 3,4,5,8.", panel=_PLANNING),
+]
+Group = Annotated[
+    int | None,
+    _option("--group", help="Group size along K; 128 by default.", panel=_PLANNING),
+]
+Rotate = Annotated[
+    int | None,
+    _option(
+        "--rotate", help="Block of a Hadamard transform of every input; off by default.",
+        panel=_PLANNING,
+    ),
+]  # fmt: skip
+LmHead = Annotated[
+    bool, _option("--lm-head", help="Quantize the output head, too.", panel=_PLANNING)
+]
+Exclude = Annotated[
+    list[str] | None,
+    _option("--exclude", help="Keep matrices of this name pattern float.", panel=_PLANNING),
+]
+Pin = Annotated[
+    list[str] | None,
+    _option(
+        "--pin", metavar="PATTERN=BITS", help="Give all rows of these matrices one width.",
+        panel=_PLANNING,
+    ),
+]  # fmt: skip
+Data = Annotated[
+    str,
+    _option(
+        "--data",
+        "-d",
+        help="A text file, a data set id, or 'self' (the default): text the model writes itself.",
+        panel=_SCORING,
+    ),
+]
+Sequences = Annotated[
+    int | None, _option("--sequences", help="How many sequences; 8 by default.", panel=_SCORING)
+]
+Length = Annotated[
+    int | None,
+    _option(
+        "--length", help="Tokens a sequence; 1,024 by default, or what the model allows.",
+        panel=_SCORING,
+    ),
+]  # fmt: skip
+Seed = Annotated[int, _option("--seed", help="Seed of the text it writes.", panel=_SCORING)]
+Device = Annotated[
+    str | None,
+    _option("--device", help="cpu or cuda; the GPU by default if there is one.", panel=_DEVICE),
+]
+Dtype = Annotated[
+    str | None,
+    _option(
+        "--dtype", help="float32, bfloat16 or float16; by default the checkpoint's own.",
+        panel=_DEVICE,
+    ),
+]  # fmt: skip
+Lower = Annotated[
+    str,
+    _option(
+        "--lower",
+        help="'inductor' (the default) compiles the whole graph; 'eager' starts in seconds.",
+        panel=_DEVICE,
+    ),
+]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to continue.")]
+Tokens = Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to write.")]
+
+
+def planning_options(
+    *,
+    widths: str | None = None,
+    group: int | None = None,
+    rotate: int | None = None,
+    lm_head: bool = False,
+    exclude: list[str] | None = None,
+    pin: list[str] | None = None,
+) -> dict[str, Any]:
+    """The backend's options behind these arguments; what was not given is left out.
+
+    Raises:
+        OptionError: text that is no list of widths, or no pin.
+    """
+    options: dict[str, Any] = {}
+    if widths is not None:
+        options["widths"] = _widths(widths)
+    if group is not None:
+        options["group"] = group
+    if rotate is not None:
+        options["rotate"] = rotate
+    if lm_head:
+        options["lm_head"] = True
+    if exclude:
+        options["exclude"] = tuple(exclude)
+    if pin:
+        options["pins"] = dict(_pin(text) for text in pin)
+    return options
+
+
+def scoring_options(
+    *, sequences: int | None = None, length: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Arguments of `mixllm_compiler.score`; what was not given is left out."""
+    options: dict[str, Any] = {"seed": seed}
+    if sequences is not None:
+        options["sequences"] = sequences
+    if length is not None:
+        options["length"] = length
+    return options
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--widths {text!r} is no list of bits; write for example 3,4,5,8") from None
+
+
+def _pin(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not bits.isdigit():
+        raise OptionError(f"--pin {text!r} is not PATTERN=BITS; write for example '*.down_proj=8'")
+    return pattern, int(bits)

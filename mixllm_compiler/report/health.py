@@ -1,0 +1,153 @@
+"""What a machine has for the compiler, and what it lacks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import MixLLMError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        state: "ok"; "missing" if the compiler does not work without it; else "none": it works, but
+            something is not available.
+        detail: the version or place, or what to do.
+    """
+
+    name: str
+    state: str
+    detail: str = ""
+
+
+def checkup() -> list[Check]:
+    """All checks, in the order in which a failure would matter."""
+    return [
+        *_versions(),
+        _private_names(),
+        _entry_point(),
+        *_devices(),
+        _triton(),
+        _cpp_compiler(),
+        _matplotlib(),
+        _demo_model(),
+        *_cache(),
+        *_user_passes(),
+    ]
+
+
+def _versions() -> Iterator[Check]:
+    import torch
+
+    yield Check("mixllm-compiler", "ok", _version("mixllm-compiler"))
+    yield Check("python", "ok", platform.python_version())
+    yield Check("torch", "ok", torch.__version__)
+    found = _version("transformers")
+    yield Check("transformers", "ok" if found else "missing", found or "pip install transformers")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _private_names() -> Check:
+    """Whether this torch has every private name that capture uses."""
+    from .. import compat
+
+    try:
+        compat.self_test()
+    except MixLLMError as error:
+        return Check("torch's private interfaces", "missing", str(error))
+    return Check("torch's private interfaces", "ok", "all that capture uses are there")
+
+
+def _entry_point() -> Check:
+    """Whether torch finds the backend by name, without an import of this package."""
+    import torch
+
+    name = 'torch.compile(backend="mixllm")'
+    if "mixllm" in torch.compiler.list_backends():
+        return Check(name, "ok", "registered")
+    return Check(name, "missing", "torch does not know the backend; reinstall mixllm-compiler")
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    isa = torch.backends.cpu.get_cpu_capability()
+    yield Check("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {isa}")
+    if not torch.cuda.is_available():
+        yield Check("CUDA", "none", "no CUDA device; models run on the CPU")
+    for index in range(torch.cuda.device_count()):
+        from ..lowering.target import Target
+
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        yield Check(f"cuda:{index}", "ok", f"{Target.of(index)}, {memory:.0f} GiB")
+
+
+def _triton() -> Check:
+    try:
+        import triton
+    except ImportError:
+        return Check("triton", "none", "not installed: no generated GPU kernels")
+    return Check("triton", "ok", triton.__version__)
+
+
+def _cpp_compiler() -> Check:
+    """Inductor compiles C++ for the CPU."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            return Check("C++ compiler", "ok", (shown.stdout.splitlines() or [path])[0])
+    return Check(
+        "C++ compiler",
+        "none",
+        "no g++ or clang++: on the CPU only options={'lower': 'eager'} works",
+    )
+
+
+def _matplotlib() -> Check:
+    found = _version("matplotlib")
+    missing = "not installed: no SVG plots (pip install 'mixllm-compiler[report]')"
+    return Check("matplotlib", "ok" if found else "none", found or missing)
+
+
+def _demo_model() -> Check:
+    from ..demo import MODEL_DIR
+
+    weights = MODEL_DIR / "model.safetensors"
+    if weights.is_file():
+        return Check("shipped model", "ok", f"{weights.stat().st_size / 1e6:.1f} MB")
+    return Check("shipped model", "none", "not installed: `mixllm demo` does not work")
+
+
+def _cache() -> Iterator[Check]:
+    from ..runtime import build
+
+    folder, entries = build.cache_dir(), build.status()
+    size = sum(entry.size for entry in entries) / 1e6
+    yield Check("build cache", "ok", f"{folder}: {len(entries)} files, {size:.1f} MB")
+    if build.building_forbidden():
+        yield Check("building kernels", "none", "MIXLLM_NO_BUILD forbids it")
+
+
+def _user_passes() -> Iterator[Check]:
+    from ..passes.registry import registered
+
+    for registration in registered():
+        place = f"after {registration.after}" if registration.after else "by name only"
+        yield Check(f"pass {registration.name}", "ok", place)
