@@ -76,8 +76,8 @@ def score(
         run.feed(model, ids[at : at + batch])
         if progress is not None:
             progress(min(at + batch, len(ids)), len(ids))
-    source = data if isinstance(data, str) else type(data).__name__
-    return run.scores({"data": Path(source).name, "seed": str(seed)})
+    source = Path(data).name if isinstance(data, str | Path) else type(data).__name__
+    return run.scores({"data": source, "seed": str(seed)})
 
 
 def plan(
@@ -94,9 +94,11 @@ def plan(
     Args:
         bits: true bits per quantized weight (codes, scales, zero points, widths).
         preset: "best" = knapsack over true bytes; "paper" = the top 10 % of features by count.
-        options: pins, exclude, rotate, widths of the backend.
+        options: pins, exclude, widths of the backend; group and rotation are those of the scores.
     """
-    opts = Options.parse({"bits": bits, "preset": preset, "group": scores.group, **options})
+    # Scores of rotated inputs hold for rotated inputs only.
+    made_with = {"group": scores.group, "rotate": int(scores.settings.get("rotate", 0))}
+    opts = Options.parse({"bits": bits, "preset": preset, **made_with, **options})
     if "widths" not in options:
         opts = dataclasses.replace(opts, widths=tuple(f.bits for f in scores.formats))
     return make_plan(scores, exclude=opts.exclude, **plan_arguments(opts))

@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,9 @@ from . import compat
 from .capture import capture
 from .errors import MixLLMError
 from .ir.graph import MixGraph
-from .lowering.target import Target
 from .options import Options
-from .passes.context import Context
-from .passes.instruments import Dumper, Instrument, Timer, Tracer, Verifier
-from .passes.pipeline import choose_pipeline
-from .passes.summary import summarize, write_artifacts
+from .passes.run import run_passes
+from .passes.summary import summarize
 from .runtime import records
 from .runtime.weights import freshness_check, release
 
@@ -86,32 +82,22 @@ def _compile(
         log.warning("mixllm: %s", record.note)
     if matrices and not options.quiet and ctx.known is None:
         _say(record.headline())
+    _warn_near_the_limit()
     return _hand_over(graph, keep, options, mode)
 
 
-def run_passes(graph: MixGraph, options: Options, more: Sequence[Instrument] = ()) -> Context:
-    """Run the pipeline that the options ask for."""
-    target = _target(graph)
-    ctx = Context(options, target, plan=options.resolved_plan())
-    pipeline = choose_pipeline(options.pipeline, options.disable)
-    instruments: list[Instrument] = [Timer(), Tracer(), *more]
-    if options.verify:
-        instruments.append(Verifier())
-    if options.dump is not None:
-        folder = Path(options.dump) / f"graph{records.count()}"
-        dumper = Dumper(folder)
-        dumper.begin(graph)
-        instruments.append(dumper)
-    pipeline.run(graph, ctx, instruments)
-    if options.dump is not None:
-        write_artifacts(folder, graph, ctx)
-    return ctx
-
-
-def _target(graph: MixGraph) -> Target:
-    devices = [b.tensor.device for b in graph.bindings.values()]
-    devices += [v.device for v in graph.inputs if isinstance(v, torch.Tensor)]
-    return Target.of(devices[0] if devices else torch.device("cpu"))
+def _warn_near_the_limit() -> None:
+    """Dynamo allows a function some graphs (8), then runs it in float; models share functions."""
+    graphs, limit = compat.graphs_of_frame() or (0, 0)
+    if graphs and graphs == limit - 2:
+        log.warning(
+            "mixllm: Dynamo compiled %d graphs for one function, and after %d it runs further "
+            "models and shapes in float. Models of one class share their function: compile them "
+            "with mixllm_compiler.compile(model, …), which gives each its own, or call "
+            "torch._dynamo.reset() between them",
+            graphs,
+            limit,
+        )
 
 
 def drop_unread_weights(graph: MixGraph) -> list[int]:

@@ -71,6 +71,21 @@ def current_frame() -> tuple[str, dict[str, Any], dict[str, Any]] | None:
     return tx.f_code.co_name, tx.f_locals, tx.f_globals
 
 
+def graphs_of_frame() -> tuple[int, int] | None:
+    """(graphs compiled for the current frame's code, this one included; how many Dynamo allows).
+
+    Past that many, Dynamo runs the function in float. None outside of Dynamo.
+    """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tx: Any = InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+    return len(_debug_get_cache_entry_list(tx.f_code)) + 1, torch._dynamo.config.recompile_limit
+
+
 def root_module(source: Any) -> nn.Module | None:
     """The outermost module that a lifted tensor's source goes through."""
     frame = current_frame()
@@ -236,6 +251,7 @@ def _names() -> Iterator[tuple[str, Callable[[], object]]]:
         "torch._dynamo.source.GlobalStateSource",
         lambda: __import__("torch._dynamo.source", fromlist=["x"]).GlobalStateSource().make_guard,
     )
+    yield "torch._C._dynamo.eval_frame._debug_get_cache_entry_list", graphs_of_frame
     yield "torch._dynamo.exc.exceptions_allowed_to_be_fallback", fallback_exceptions
     yield "torch._inductor.list_mode_options", lambda: mode_patches("reduce-overhead")
     yield "torch.ops.higher_order.invoke_subgraph", invoke_subgraph

@@ -21,6 +21,8 @@ from torch import Tensor
 from ..errors import BudgetError
 
 _CHUNK = 1 << 17  # rows that are worked on at a time: their columns stay in the cache
+_SORT = 1 << 18  # steps that are sorted; of more, the clear cases are decided first
+_PIVOTS = 1024  # steps that a pivot is the median of
 _REFILL = 4096  # steps tried one by one in a round of spending what is left
 
 
@@ -168,15 +170,29 @@ def _walk(
 def _take(steps: _Steps, room: int) -> tuple[Tensor, float]:
     """Steps taken per row, int64 [R], and the worth of the first step that does not fit."""
     r = steps.worth.shape[1]
+    levels = torch.zeros(r, dtype=torch.int64)
     # Flattened step by step, not row by row: a stable sort then takes steps of one row in
     # order, and equally good steps evenly over rows.
     worth, extra = steps.worth.flatten(), steps.extra.flatten()
-    real = (worth >= 0).nonzero().squeeze(1)
-    worth, order = worth[real].sort(descending=True, stable=True)
-    real = real[order]
-    total = extra[real].cumsum(0)
+    at = (worth >= 0).nonzero().squeeze(1)
+    worth, extra = worth[at], extra[at]
+    # Halve until little is left to sort. A half that fits is taken whole; the other half is then
+    # too large for what is left, so the first step that does not fit is always among the rest.
+    while len(at) > _SORT:
+        better = worth > worth[:: len(at) // _PIVOTS].median()
+        size = int(extra[better].sum())
+        fits = size <= room
+        if fits:
+            room -= size
+            levels += torch.bincount(at[better] % r, minlength=r)
+        rest = ~better if fits else better
+        if bool(rest.all()):  # as good as the best, many times over
+            break
+        at, worth, extra = at[rest], worth[rest], extra[rest]
+    worth, order = worth.sort(descending=True, stable=True)
+    at, total = at[order], extra[order].cumsum(0)
     taken = int(torch.searchsorted(total, room, right=True)) if len(total) else 0
-    levels = torch.bincount(real[:taken] % max(r, 1), minlength=r)
+    levels += torch.bincount(at[:taken] % max(r, 1), minlength=r)
     return levels, float(worth[taken]) if taken < len(worth) else 0.0
 
 

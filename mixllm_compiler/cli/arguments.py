@@ -161,7 +161,9 @@ def _widths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise OptionError(f"--widths {text!r} is no list of bits; write for example 3,4,5,8") from None
+        raise OptionError(
+            f"--widths {text!r} is no list of bits; write for example 3,4,5,8"
+        ) from None
 
 
 def _pin(text: str) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +47,7 @@ def demo(
 
 
 @contextmanager
-def _stages() -> Iterator[Callable[[str], Iterator[Tell]]]:
+def _stages() -> Iterator[Callable[[str], AbstractContextManager[Tell]]]:
     """One line a stage on standard error: its name, a bar, its time; finished ones stay."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed

@@ -40,8 +40,8 @@ def load(
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"cannot load {name!r}: {_first_lines(error)}") from error
-    model = model.to(where).eval()
-    return model, tokenizer(path)
+    model.to(where)  # type: ignore[arg-type]
+    return model.eval(), tokenizer(path)
 
 
 def be_quiet() -> None:
@@ -138,8 +138,9 @@ def write(model: PreTrainedModel, ids: Tensor, count: int, **sampling: Any) -> T
         settings["cache_implementation"] = "static"
     if model.generation_config.pad_token_id is None:
         settings["pad_token_id"] = model.generation_config.eos_token_id or 0
+    generate: Any = model.generate
     with torch.no_grad():
-        found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        found: Tensor = generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return found
 
 

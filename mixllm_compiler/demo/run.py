@@ -7,6 +7,7 @@ float and the quantized model are compiled by Inductor; `report.demo_table` show
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -42,7 +43,7 @@ FLOAT, UNIFORM, MIXED = "float", "uniform 4 bits", "mixed"
 STORED_BITS = 16  # of the checkpoint: bf16
 WINDOW = 512
 SEQUENCES = 8
-PROMPT_TOKENS, NEW_TOKENS = 48, 96
+PROMPT_TOKENS, NEW_TOKENS = 48, 80
 REPEATS = 2
 DOCUMENT = 3  # of the held-out text, whose beginning the models continue
 
@@ -124,6 +125,7 @@ def run(
     compiled = copy.deepcopy(model)
     lower = "eager" if quick else "inductor"
     ir = folder / "ir"
+    _remove_old_dump(ir)
     settings = {**more, "lower": lower, "dump": ir, "quiet": True}
     api.compile(compiled, plan=plan, dynamic=False, **settings)
     with records.collect() as graphs:
@@ -139,10 +141,8 @@ def run(
                 texts[name] = _write(one, tokenizer, prompt, new_tokens)
                 tell(at + 1, 2)
     lines = _lines(scores, plan, uniform, graphs, quality, speed, model)
-    found = Demonstration(
-        lines, plan, graphs, tokens, tokenizer.decode(prompt[0], skip_special_tokens=True), texts,
-        timed.seconds, folder,
-    )  # fmt: skip
+    asked = str(tokenizer.decode(prompt[0], skip_special_tokens=True))
+    found = Demonstration(lines, plan, graphs, tokens, asked, texts, timed.seconds, folder)
     _write_files(found, ir)
     return found
 
@@ -200,7 +200,9 @@ def _quality(
 def _prompt(tokenizer: Any) -> Tensor:
     """The beginning of a held-out document, with the token that begins one: ids [1, T]."""
     document = split_documents(HELDOUT.read_text(encoding="utf-8"))[DOCUMENT]
-    ids = tokenizer.encode(document, add_special_tokens=False)[: PROMPT_TOKENS - 1]
+    _title, _, body = document.partition("\n")
+    text = " ".join(body.split())
+    ids = tokenizer.encode(text, add_special_tokens=False)[: PROMPT_TOKENS - 1]
     return torch.tensor([[begin_token(tokenizer) or 0, *ids]])
 
 
@@ -282,6 +284,13 @@ def _resident(graphs: Sequence[GraphRecord]) -> float:
     lines = {line.name: line for graph in graphs for line in graph.quantized}.values()
     bits = sum((line.resident_bits or 0.0) * line.n * line.k for line in lines)
     return bits / sum(line.n * line.k for line in lines)
+
+
+def _remove_old_dump(ir: Path) -> None:
+    """Another run may have compiled more graphs than this one will; nothing else is touched."""
+    for graph in ir.glob("graph*"):
+        if (graph / "00-captured.py").is_file():
+            shutil.rmtree(graph)
 
 
 def _write_files(found: Demonstration, ir: Path) -> None:

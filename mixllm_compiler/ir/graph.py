@@ -250,6 +250,14 @@ class MixGraph:
             node = node.args[0]
         return None
 
+    def reads_transposed(self, node: object) -> bool:
+        """Whether the views between a constant and this node swap its dimensions."""
+        swaps = 0
+        while isinstance(node, fx.Node) and node not in self.bindings and node.args:
+            swaps += is_transpose(node)
+            node = node.args[0]
+        return swaps % 2 == 1
+
     def settle(self) -> None:
         """Make the module's code follow its graph."""
         self.graph.lint()
@@ -258,14 +266,24 @@ class MixGraph:
 
 def is_weight_view(node: fx.Node) -> bool:
     """A 2-D transpose or a transform along K, as passes put them on weights."""
-    if node.op == "call_function" and node.target is ops.HADAMARD:
-        return True
-    if node.op == "call_method" and node.target in ("t", "transpose", "permute"):
-        return True
-    return node.op == "call_function" and (
-        node.target in (torch.t, torch.transpose, torch.permute)
-        or (node.target is getattr and len(node.args) > 1 and node.args[1] in ("T", "mT"))
-    )
+    return node.target is ops.HADAMARD or is_transpose(node)
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Whether a node swaps the two dimensions of a matrix, however it is spelled."""
+    dims: tuple[Any, ...] = node.args[1:]
+    if node.op == "call_function" and node.target is getattr:
+        return dims in (("T",), ("mT",))
+    named = node.op == "call_method" and node.target in ("t", "transpose", "permute")
+    if node.kwargs or not (named or node.target in (torch.t, torch.transpose, torch.permute)):
+        return False
+    name = node.target if named else getattr(node.target, "__name__", "")
+    if len(dims) == 1 and isinstance(dims[0], tuple | list):
+        dims = tuple(dims[0])
+    if name == "t" or len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+        return name == "t" and not dims
+    first, second = (d % 2 for d in dims)
+    return (first, second) == (1, 0) if name == "permute" else first != second
 
 
 def mutated_inputs(node: fx.Node) -> list[fx.Node]:
@@ -334,6 +352,7 @@ __all__ = [
     "Matrix",
     "MixGraph",
     "annotate",
+    "is_transpose",
     "is_weight_view",
     "layout_of",
     "mutated_inputs",

@@ -133,7 +133,7 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """The activation quantizer. Text: `"quantize | g128 | token bfloat16 | 2048,1024"`.
+    """The activation quantizer. Text: `"quantize | g128 | token bfloat16 | 2048,512"`.
 
     Attributes:
         group: elements of a group along K.
@@ -147,7 +147,7 @@ class QuantizerSpec:
     mode: str
     dtype: torch.dtype
     block: int = 2048
-    per_warp: int = 1024
+    per_warp: int = 512
 
     def __post_init__(self) -> None:
         _check(self.mode, self.dtype)
@@ -167,7 +167,7 @@ class QuantizerSpec:
         if match is None:
             raise OptionError(
                 f"{text!r} is no quantizer; one looks like "
-                "'quantize | g128 | token bfloat16 | 2048,1024'"
+                "'quantize | g128 | token bfloat16 | 2048,512'"
             )
         return cls(int(match[1]), match[2], _dtype(match[3]), int(match[4]), int(match[5]))
 

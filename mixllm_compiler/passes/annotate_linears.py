@@ -41,7 +41,7 @@ class AnnotateLinears(Pass):
 
     def run(self, graph: MixGraph, ctx: Context) -> Changes:
         changes = Changes()
-        self._by_weight: dict[int, Matrix] = {}
+        self._by_weight: dict[tuple[int, bool], Matrix] = {}
         heads = _head_linears(graph)
         for node in graph.calls(LINEAR):
             binding = graph.weight_binding(node.args[1])
@@ -63,12 +63,11 @@ class AnnotateLinears(Pass):
         return changes
 
     def _matrix(self, graph: MixGraph, node: fx.Node, binding: Binding) -> Matrix:
-        """One matrix per parameter, however often it is used."""
-        known = self._by_weight.get(id(binding.tensor))
+        """One matrix per parameter (and way to read it), however often it is used."""
+        transposed = graph.reads_transposed(node.args[1])
+        known = self._by_weight.get((id(binding.tensor), transposed))
         if known is not None:
             return known
-        weight = node.args[1]
-        transposed = isinstance(weight, fx.Node) and weight not in graph.bindings
         n, k = binding.tensor.shape[::-1] if transposed else binding.tensor.shape
         owner = module_path(node)
         # A tied head is called by lm_head but its weight is named after the embedding.
@@ -77,7 +76,7 @@ class AnnotateLinears(Pass):
         while name in graph.matrices:
             name += "_"
         matrix = Matrix(name, binding, int(n), int(k), transposed)
-        self._by_weight[id(binding.tensor)] = graph.matrices[name] = matrix
+        self._by_weight[id(binding.tensor), transposed] = graph.matrices[name] = matrix
         return matrix
 
     @staticmethod
@@ -97,8 +96,8 @@ class AnnotateLinears(Pass):
                 return f"excluded by {pattern!r}"
         if head and not (options.lm_head or planned):
             return "the output head (quantize it with lm_head=True)"
-        if matrix.k < options.group:
-            return f"K = {matrix.k} is smaller than a group of {options.group}"
+        if matrix.k < ctx.group:
+            return f"K = {matrix.k} is smaller than a group of {ctx.group}"
         if min(matrix.n, matrix.k) < TILE:
             return f"min(N, K) = {min(matrix.n, matrix.k)} is smaller than a tile of {TILE}"
         return ""

@@ -27,6 +27,7 @@ from ..lowering.lowered import EXPANSIONS
 from ..options import Options
 from .base import Changes, Pass
 from .instruments import Instrument
+from .run import run_passes
 
 if TYPE_CHECKING:
     from .context import Context
@@ -87,8 +88,6 @@ def bisect(
         args, kwargs: inputs of the model.
         options: backend options; the pipeline under suspicion is `options["pipeline"]`.
     """
-    from ..backend import run_passes
-
     found: list[Bisection] = []
     opts = Options.parse({**(options or {}), "quiet": True, "release": False})
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..ir.graph import MixGraph
+from ..ir.graph import MixGraph, is_transpose
 from .base import Changes, Pass
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class CanonicalizeLinears(Pass):
     def _linear(graph: MixGraph, x: fx.Node, weight: Any, bias: Any) -> fx.Node:
         if isinstance(weight, tuple):  # [K, N]: linear wants [N, K]
             (stored,) = weight
+            if is_transpose(stored):  # x @ w.t(): the view of a view is the weight itself
+                return graph.graph.call_function(LINEAR, (x, stored.args[0], bias))
             weight = graph.graph.call_method("t", (stored,))
             value = stored.meta.get("example_value")
             if isinstance(value, torch.Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..errors import OptionError
 from ..lowering.target import Target
 from ..options import Options
 from .base import Changes
@@ -55,3 +56,15 @@ class Context:
     @property
     def rotation(self) -> int:
         return self.plan.rotation if self.plan is not None else self.options.rotate
+
+    @property
+    def group(self) -> int:
+        """Group size along K: the plan's, whatever the options say.
+
+        Raises:
+            OptionError: the plan has several.
+        """
+        groups = {site.group for site in self.plan.sites.values()} if self.plan else set()
+        if len(groups) > 1:
+            raise OptionError(f"a plan has one group size, not {sorted(groups)}")
+        return groups.pop() if groups else self.options.group

@@ -37,7 +37,7 @@ def save_bits_plot(bits: BitsMap, path: str | os.PathLike[str], title: str = "")
         ) from error
     rows = len(bits.places)
     wide = max(2.4, CELL * min(len(bits.layers), 2 * MANY_LAYERS))
-    style = {
+    style: Any = {
         "svg.fonttype": "none",  # letters stay letters: searchable, and a tenth of the size
         "svg.hashsalt": "mixllm",  # the same plan gives the same bytes
         "font.family": "sans-serif",

@@ -118,7 +118,9 @@ def coverage_table(found: Coverage, bits: float, each: bool = False) -> list[Ren
     for (name, n, k, reason), lines in groups.items():
         size = sum(line.n * line.k * line.float_bits / 8 for line in lines) / 1e6
         becomes = Text(f"float: {reason}", style="yellow") if reason else Text("quantized")
-        table.add_row(name.removeprefix(prefix), str(len(lines)), f"{n}×{k}", f"{size:.2f}", becomes)
+        table.add_row(
+            name.removeprefix(prefix), str(len(lines)), f"{n}×{k}", f"{size:.2f}", becomes
+        )
     return [Text(_headline(found), style="bold"), table, *_remarks(found, bits)]
 
 

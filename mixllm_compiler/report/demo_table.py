@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -25,6 +26,7 @@ COLUMNS = (
     "prefill\ntokens/s",
     "decode\ntokens/s",
 )
+FEW_TOKENS = 2000
 
 
 def demo_report(found: Demonstration) -> list[RenderableType]:
@@ -47,7 +49,9 @@ def comparison(lines: list[Line]) -> Table:
     table = plain_table("", *COLUMNS, numbers=COLUMNS)
     for line in lines:
         speed = line.speed
-        kl = "–" if line.kl is None else f"{line.kl:.4f} ± {line.kl_error:.4f}"
+        kl = "–" if line.kl is None else f"{line.kl:.4f}"
+        if line.kl_error is not None and math.isfinite(line.kl_error):
+            kl += f" ± {line.kl_error:.4f}"
         table.add_row(
             Text(line.name, style="bold"),
             f"{line.bits:.2f}",
@@ -73,6 +77,8 @@ def remarks(found: Demonstration) -> list[str]:
     ]
     kernels = {line.kernel for graph in found.graphs for line in graph.quantized}
     said += slower(float_line, mixed, kernels)
+    if found.tokens < FEW_TOKENS:
+        said.append(f"{found.tokens} tokens say nothing about quality; this was only a quick run.")
     return said
 
 

@@ -1,6 +1,6 @@
 """Documentation of the passes, taken from the passes.
 
-    python -m mixllm_compiler.report.pass_docs docs/passes.md
+python -m mixllm_compiler.report.pass_docs docs/passes.md
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def describe(name: str, make: Callable[..., Pass], default: bool = True) -> Pass
     stage, requires, ensures = "user", frozenset[str](), frozenset[str]()
     if isinstance(make, functools.partial) and make.func is FunctionPass:
         source = make.args[0]
-    elif isinstance(make, type):
+    elif isinstance(make, type) and issubclass(make, Pass):
         stage, requires, ensures = make.stage, frozenset(make.requires), frozenset(make.ensures)
     own = source in OWN_PASSES
     text = _documentation(source, own)
@@ -86,14 +86,14 @@ def _documentation(source: Any, own: bool) -> str:
     if not own:
         inherited = source.__doc__ == Pass.__doc__
         return "" if inherited else about
-    module = inspect.cleandoc(inspect.getmodule(source).__doc__ or "")  # type: ignore[union-attr]
+    module = inspect.cleandoc(sys.modules[source.__module__].__doc__ or "")
     return module if not source.__dict__.get("__doc__") else f"{module}\n\n{about}"
 
 
 def _arguments(source: Any) -> tuple[str, ...]:
     if not isinstance(source, type) or "__init__" not in source.__dict__:
         return ()
-    parameters = list(inspect.signature(source.__init__).parameters.values())[1:]
+    parameters = inspect.signature(source).parameters.values()
     return tuple(f"{p.name}={p.default}" for p in parameters)
 
 
@@ -116,7 +116,7 @@ def markdown() -> str:
     pipeline = ",".join(p.name for p in OWN_PASSES)
     lines += [
         "",
-        "As spec text, for `options={\"pipeline\": …}` (`mixllm passes --spec`):",
+        'As spec text, for `options={"pipeline": …}` (`mixllm passes --spec`):',
         "",
         "```",
         *(part + "," for part in pipeline.split(",")[:-1]),

@@ -70,7 +70,7 @@ def test_the_text_reads_well():
         "linear | tiles64.v1 asym g128 w4 | token bfloat16 | 16",
         "linear | tiles64.v1 asym g128 w4 | token bfloat16 | m32:16x8,8,3 m16:16x8,8,3",
         "quantize | g128 | token bfloat16",
-        "quantize | g128 | row bfloat16 | 2048,1024",
+        "quantize | g128 | row bfloat16 | 2048,512",
     ],
 )
 def test_text_that_is_no_spec_is_refused(text):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import mixllm_compiler
+from mixllm_compiler.backend import mixllm
 from mixllm_compiler.errors import UnsupportedModel
 from mixllm_compiler.passes.registry import register_pass, unregister_pass
 from mixllm_compiler.runtime import records
@@ -62,6 +65,15 @@ def test_twelve_models_of_one_class_are_all_quantized():
         for model, float_, quantized in zip(models, exact, expected, strict=True):
             assert_quantized(model(ids), float_, quantized)
     assert len(graphs) == 12
+
+
+def test_models_that_share_a_function_are_warned_about_before_the_limit(caplog):
+    """Compiled one by one with torch.compile, the ninth would run in float."""
+    for seed in range(6):
+        assert "in float" not in caplog.text
+        compiled(TinyLM(seed).eval())(token_ids())
+    assert "compiled 6 graphs for one function, and after 8 it runs" in caplog.text
+    assert "mixllm_compiler.compile(model, …)" in caplog.text
 
 
 def test_several_transformers_models_are_all_quantized():
@@ -129,7 +141,7 @@ def test_an_op_without_a_fake_kernel_is_an_error(user_pass):
     assert "mixllm could not compile this graph" in str(error)
     assert "shapeless" in str(error)
     unregister_pass(name)
-    assert_quantized(compiled(model, disable=())(X), model(X), oracle(model)(X))
+    assert_quantized(compiled(model)(X), model(X), oracle(model)(X))
 
 
 @pytest.mark.parametrize(
@@ -223,15 +235,24 @@ def test_nested_regions_of_several_outputs_and_levels():
 # -- Dynamo's own debugging aids -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after, level", [("dynamo", 4), ("aot", 2)])
-def test_repro_after_hands_over_a_copy_and_calls_with_every_weight(after, level, tmp_path):
-    """At levels 2 and 3 torch 2.13 itself fails after any backend but eager's module."""
+def test_a_copy_of_the_graph_is_called_with_every_weight():
+    """What `repro_after="dynamo"` does: Dynamo's own graph keeps the inputs that ours dropped."""
     model = mlp()
-    settings = {"repro_after": after, "repro_level": level, "debug_dir_root": str(tmp_path)}
-    with torch._dynamo.config.patch(settings):
-        run = compiled(model)
-        for x in (X, activations(5), activations(3, seed=4)):
-            assert_quantized(run(x), model(x), oracle(model)(x))
+
+    def backend(gm, inputs):
+        return mixllm(copy.deepcopy(gm), inputs, options=W4)
+
+    run = torch.compile(model, backend=backend)
+    for x in (X, activations(5), activations(9)):
+        assert_quantized(run(x), model(x), oracle(model)(x))
+    model[0].weight.mul_(2)
+    assert_quantized(run(X), model(X), oracle(model)(X))
+
+
+def test_repro_after_aot():
+    model = mlp()
+    with torch._dynamo.config.patch(repro_after="aot"):
+        assert_quantized(compiled(model)(X), model(X), oracle(model)(X))
 
 
 def test_verify_correctness_sees_that_quantized_is_not_float():
@@ -246,8 +267,6 @@ def test_the_compiled_function_accepts_the_weights_it_dropped():
     model, seen = mlp(), {}
 
     def backend(gm, inputs):
-        from mixllm_compiler.backend import mixllm
-
         seen["run"] = mixllm(gm, list(inputs), options=W4)
         seen["inputs"] = list(inputs)
         return seen["run"]

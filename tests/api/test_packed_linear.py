@@ -1,0 +1,140 @@
+"""`PackedLinear` runs eagerly and is captured into the very ops that it calls."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import mixllm_compiler
+from mixllm_compiler import PackedLinear
+from mixllm_compiler.errors import OptionError
+from mixllm_compiler.quantizers.rtn import quantize_rtn
+from mixllm_compiler.runtime import records
+from tests.helpers import EAGER, activations, oracle_linear, token_ids
+from tests.models.support import build, handed_over, linear_modules, mixed_ops, plan_of
+
+IDS = token_ids(2, 40)
+WIDTHS = torch.tensor([4, 8, 3, 4] * 24, dtype=torch.uint8)
+MODES = pytest.mark.parametrize("mode", ["group", "token"])
+
+
+def linear(k: int = 200) -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(k, len(WIDTHS))
+
+
+def packed(mode: str = "group", k: int = 200, transform: str = "") -> PackedLinear:
+    weight = linear(k).weight.detach()
+    return PackedLinear(quantize_rtn(weight, WIDTHS, transform=transform), linear(k).bias, mode)
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_it_computes_the_formula(mode, dtype):
+    x = activations(2, 5, k=200).to(dtype)
+    float_linear = linear()
+    expected = oracle_linear(x, float_linear.weight, float_linear.bias, WIDTHS, mode)
+    found = packed(mode)(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
+@MODES
+@pytest.mark.parametrize("transform", ["", "hadamard:64"])
+def test_captured_it_gives_the_same_bits_as_eagerly(mode, transform):
+    module = packed(mode, k=256, transform=transform).eval()
+    x = activations(3, 7, k=256)
+    with torch.no_grad(), records.collect() as graphs:
+        found = torch.compile(module, backend="mixllm", options=EAGER)(x)
+    assert torch.equal(found, module(x))
+    assert [line.kernel for line in graphs[0].linears] == ["reference"]
+
+
+def test_under_autocast_it_returns_what_a_linear_would():
+    x = activations(5, k=200)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed()(x).dtype == linear()(x).dtype == torch.bfloat16
+
+
+def test_its_matrix_comes_back_in_the_neutral_form():
+    expected = quantize_rtn(linear().weight.detach(), WIDTHS)
+    found = packed().quantized_weight()
+    assert torch.equal(found.widths, expected.widths)
+    assert torch.equal(found.dequantize(), expected.dequantize())
+    assert found.true_bytes() == expected.true_bytes()
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(OptionError, match="unknown activation mode 'row'"):
+        packed("row")
+
+
+def test_moving_to_another_dtype_leaves_codes_and_scales_alone():
+    module = packed()
+    blob = module.packed.clone()
+    assert torch.equal(module.to(torch.bfloat16).packed, blob)
+    assert module.bias.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    model = build("qwen2")
+    return mixllm_compiler.quantize(model, plan_of(model, IDS))
+
+
+@torch.no_grad()
+def test_a_quantized_model_is_captured_into_the_same_ops(quantized):
+    expected = quantized(IDS).logits
+    with handed_over() as graphs:
+        found = torch.compile(quantized, backend="mixllm", options=EAGER)(IDS).logits
+    modules = {n for n, m in quantized.named_modules() if isinstance(m, PackedLinear)}
+    assert modules == mixed_ops(graphs[0]).keys() and len(modules) == 14
+    assert torch.equal(found, expected)
+
+
+def test_no_float_weight_of_a_quantized_linear_is_left(quantized):
+    assert not linear_modules(quantized)
+    sizes = [p.numel() for p in quantized.parameters() if p.dim() == 2]
+    assert sizes == [96 * 128]  # the embedding, which the head shares
+
+
+@torch.no_grad()
+def test_a_state_dict_round_trips(quantized):
+    expected = quantized(IDS).logits
+    file = io.BytesIO()
+    torch.save(quantized.state_dict(), file)
+    other = copy.deepcopy(quantized)
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.zero_()
+    assert not torch.equal(other.state_dict()["model.layers.0.mlp.up_proj.packed"], blob(quantized))
+    file.seek(0)
+    assert other.load_state_dict(torch.load(file)).missing_keys == []
+    restore_unsaved_buffers(other, quantized)
+    assert torch.equal(other(IDS).logits, expected)
+
+
+def blob(model: nn.Module) -> torch.Tensor:
+    return model.get_submodule("model.layers.0.mlp.up_proj").packed
+
+
+def restore_unsaved_buffers(model: nn.Module, source: nn.Module) -> None:
+    """Rotary frequencies are in no state dict."""
+    saved, buffers = model.state_dict(), dict(source.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in saved:
+            buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def test_a_quantized_model_generates(quantized):
+    ask = {"attention_mask": torch.ones_like(IDS), "do_sample": False, "max_new_tokens": 6}
+    expected = quantized.generate(IDS, **ask)
+    compiled = copy.deepcopy(quantized)
+    compiled.forward = torch.compile(compiled.forward, backend="mixllm", options=EAGER)
+    with records.collect() as graphs:
+        assert torch.equal(compiled.generate(IDS, **ask), expected)
+    assert len(graphs) >= 2

@@ -1,0 +1,62 @@
+"""Every private name of torch that capture needs is there, and says so if it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mixllm_compiler import compat
+from tests.helpers import activations, compiled, mlp, refusal
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_self_test():
+    compat.self_test.cache_clear()
+    yield
+    compat.self_test.cache_clear()
+
+
+def test_this_torch_has_all_of_them():
+    compat.self_test()
+
+
+def test_a_name_that_moved_is_named(monkeypatch):
+    monkeypatch.delattr("torch._dynamo.guards.install_guard")
+    with pytest.raises(compat.IncompatibleTorch) as error:
+        compat.self_test()
+    assert "relies on torch._dynamo.guards.install_guard" in str(error.value)
+    assert torch.__version__ in str(error.value)
+
+
+def test_the_backend_asks_first(monkeypatch):
+    monkeypatch.delattr("torch.fx.proxy._COPY_META_FIELDS")
+    error = refusal(compiled(mlp()), activations(3))
+    assert isinstance(error, compat.IncompatibleTorch)
+
+
+def test_a_stamp_changes_with_every_write_that_can_be_seen():
+    weight = nn.Parameter(torch.zeros(4))
+    with torch.no_grad():
+        stamps = [compat.stamp(weight)]
+        weight.add_(1)
+        stamps.append(compat.stamp(weight))
+        weight.data = torch.ones(4)
+        stamps.append(compat.stamp(weight))
+        weight.data.copy_(torch.zeros(4))
+    assert len(set(stamps)) == 3
+    assert compat.stamp(weight) == stamps[-1]  # the one that cannot
+
+
+def test_an_inference_tensor_has_a_stamp():
+    with torch.inference_mode():
+        assert compat.stamp(torch.zeros(4))[0] is None
+
+
+def test_a_released_weight_is_told_from_an_empty_one():
+    weight = torch.zeros(4)
+    assert not compat.is_released(weight)
+    weight.untyped_storage().resize_(0)
+    assert compat.is_released(weight)
+    assert not compat.is_released(torch.zeros(0))
+    assert not compat.is_released(torch.zeros(4, device="meta"))
