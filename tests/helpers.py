@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixllm_compiler.capture import capture
@@ -87,6 +88,49 @@ def causal_lm(kind: str, layers: int = 2, seed: int = 0, **config: Any) -> Any:
 
 def tiny_llama(layers: int = 2, seed: int = 0, **config: Any) -> Any:
     return causal_lm("llama", layers, seed, **config)
+
+
+class Attention(nn.Module):
+    """Two heads of queries, one of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.k_proj = nn.Linear(HIDDEN, HIDDEN // 2, bias=False)
+        self.v_proj = nn.Linear(HIDDEN, HIDDEN // 2, bias=False)
+        self.o_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        k, v = self.k_proj(x).unsqueeze(1), self.v_proj(x).unsqueeze(1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.up_proj = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.down_proj = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    """A decoder block in few nodes, the same ones in every torch and transformers."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(HIDDEN), nn.RMSNorm(HIDDEN)
+        self.self_attn, self.mlp = Attention(), MLP()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 # -- compiling -----------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def _take(steps: _Steps, room: int) -> tuple[Tensor, float]:
     # Halve until little is left to sort. A half that fits is taken whole; the other half is then
     # too large for what is left, so the first step that does not fit is always among the rest.
     while len(at) > _SORT:
-        better = worth > worth[:: len(at) // _PIVOTS].median()
+        better = worth > worth[:: max(1, len(at) // _PIVOTS)].median()
         size = int(extra[better].sum())
         fits = size <= room
         if fits:

@@ -291,7 +291,7 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     nodes = [a for a in node.args if isinstance(a, fx.Node)]
     if node.op == "call_method":
         name = str(node.target)
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        writes = name == "__setitem__" or _is_inplace_name(name)
         return nodes[:1] if writes else []
     if node.op != "call_function":
         return []
@@ -302,14 +302,19 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
         for schema, arg in zip(node.target._schema.arguments, node.args, strict=False):
             if schema.alias_info is not None and schema.alias_info.is_write:
                 written += [arg] if isinstance(arg, fx.Node) else []
-    elif node.target is operator.setitem or _is_inplace_name(node.target):
+    elif node.target is operator.setitem or _is_inplace_name(getattr(node.target, "__name__", "")):
         written += nodes[:1]
     return written
 
 
-def _is_inplace_name(target: Any) -> bool:
-    name = getattr(target, "__name__", "")
-    if name in ("iadd", "isub", "imul", "itruediv", "ior", "iand", "ixor", "ipow"):
+_AUGMENTED = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"} | {
+    *("ilshift", "irshift", "iand", "ixor", "ior"),
+}
+
+
+def _is_inplace_name(name: str) -> bool:
+    """`add_`, `iadd` (as in `operator`), `__iadd__`."""
+    if name.removeprefix("__").removesuffix("__") in _AUGMENTED:
         return True
     return name.endswith("_") and not name.endswith("__")
 

@@ -37,11 +37,11 @@ def render(graph: MixGraph, title: str) -> str:
 
 
 def _headline(graph: MixGraph) -> str:
-    quantized = [m for m in graph.matrices.values() if m.widths is not None]
-    if not quantized:
+    planned = [m for m in graph.matrices.values() if m.widths is not None]
+    if not planned:
         return f"{len(graph.matrices)} constant matrices"
-    mixed = f"{len(quantized)} of {len(graph.matrices)} linears quantized"
-    return mixed
+    state = "quantized" if all(m.packed is not None for m in planned) else "planned"
+    return f"{len(planned)} of {len(graph.matrices)} linears {state}"
 
 
 def _module(node: fx.Node) -> str:

@@ -22,19 +22,21 @@ class Limits:
     Attributes:
         bandwidth: bytes a second from its memory.
         int8: multiplications and additions a second of int8 matrix instructions.
+        half: the same of bf16 and fp16 ones.
         launch: seconds that a kernel takes beyond both.
     """
 
     bandwidth: float
     int8: float
+    half: float
     launch: float
 
 
 _LIMITS = {
     # bandwidth: a kernel that only reads 66 MB, in CUDA-graph replay, measured 3.9e12; the product
-    # is sold with 4.8e12. int8: NVIDIA's data sheet, dense. launch: what small matrices cost in
+    # is sold with 4.8e12. int8: and half: NVIDIA's data sheet, dense. launch: what small matrices cost in
     # graph replay beyond their bytes, measured about 2 µs.
-    "H200": Limits(bandwidth=3.9e12, int8=1.979e15, launch=2e-6),
+    "H200": Limits(bandwidth=3.9e12, int8=1.979e15, half=0.989e15, launch=2e-6),
 }
 
 _OUTPUT_BYTES = 2  # bf16 or fp16
@@ -57,3 +59,12 @@ def predict_seconds(m: int, layout: Layout, target: Target) -> float | None:
     moved = weights + m * layout.padded_k + m * layout.n * _OUTPUT_BYTES
     arithmetic = 2 * m * layout.n * layout.padded_k
     return known.launch + max(moved / known.bandwidth, arithmetic / known.int8)
+
+
+def predict_float_seconds(m: int, n: int, k: int, target: Target) -> float | None:
+    """Seconds of the bf16 or fp16 linear [N, K] that a mixed one replaces; None if unknown."""
+    known = limits(target)
+    if known is None:
+        return None
+    moved = _OUTPUT_BYTES * (n * k + m * k + m * n)
+    return known.launch + max(moved / known.bandwidth, 2 * m * n * k / known.half)

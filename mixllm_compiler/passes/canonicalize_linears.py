@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 LINEAR = torch._C._nn.linear
-_SPELLINGS = {torch.nn.functional.linear, torch.ops.aten.linear.default}
+_SPELLINGS = {torch.ops.aten.linear.default}  # F.linear is LINEAR itself
 _PRODUCTS = {torch.mm, torch.matmul, operator.matmul}
 
 

@@ -1,7 +1,7 @@
 """Float rows and their widths → a quantized matrix in its neutral form.
 
-Without a plan of the user's this is round-to-nearest. A matrix that was packed before, for an
-earlier graph of the same weights, comes from the cache.
+Every matrix is rounded to nearest. One that was packed before, for an earlier graph of the same
+weights, comes from the cache.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 x Wᵀ = (x T)(W T)ᵀ for orthonormal T. Siblings that read the same value share one transform.
 Rotated inputs have no outliers, which makes one int8 scale per token as accurate as one per
-group (QuaRot, arXiv 2404.00456; measured in docs). Off unless asked for.
+group (QuaRot, arXiv 2404.00456). Off unless asked for.
 """
 
 from __future__ import annotations

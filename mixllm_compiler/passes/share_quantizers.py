@@ -29,13 +29,16 @@ class ShareQuantizers(Pass):
         for value, quantizers in graph.quantizers_by_input().items():
             by_mode = sorted(quantizers, key=_mode)  # stable: graph order inside a mode
             for mode, twins in groupby(by_mode, key=_mode):
-                first, *rest = twins
-                # An in-place write between two readers makes them read different values.
-                rest = [q for q in rest if not graph.written_between(value, first, q)]
-                for twin in rest:
-                    _share(graph, twin, first)
-                if rest:
-                    changes.add(value, f"{len(rest) + 1} readers share one {mode} quantizer")
+                left = list(twins)
+                while left:
+                    first, *left = left
+                    # An in-place write between two readers makes them read different values.
+                    same = [q for q in left if not graph.written_between(value, first, q)]
+                    left = [q for q in left if q not in same]
+                    for twin in same:
+                        _share(graph, twin, first)
+                    if same:
+                        changes.add(value, f"{len(same) + 1} readers share one {mode} quantizer")
         return changes
 
 

@@ -6,11 +6,15 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import compat
 from ..formats.bits import resident_bits, true_bits
 from ..formats.layout import Layout, unpack
+from ..ir.annotations import quantized_of
 from ..ir.graph import Matrix, MixGraph
 from ..ir.text import render
+from ..lowering.cost import predict_float_seconds, predict_seconds
 from ..lowering.lowered import LOWERED_LINEAR
 from ..lowering.target import Target
 from ..lowering.triton.generate import generate
@@ -25,7 +29,7 @@ def summarize(graph: MixGraph, ctx: Context) -> GraphRecord:
     """The record of one compiled graph."""
     plan = ctx.plan
     return GraphRecord(
-        linears=tuple(_linear(m) for m in graph.matrices.values()),
+        linears=tuple(_linear(graph, m, ctx.target) for m in graph.matrices.values()),
         passes=tuple((r.name, r.stage, len(r.changes), r.seconds) for r in ctx.records),
         plan_digest=plan.digest if plan is not None else "",
         asked=plan.asked if plan is not None else "",
@@ -40,12 +44,13 @@ def summarize(graph: MixGraph, ctx: Context) -> GraphRecord:
     )
 
 
-def _linear(matrix: Matrix) -> LinearRecord:
+def _linear(graph: MixGraph, matrix: Matrix, target: Target) -> LinearRecord:
     float_bits = 8 * matrix.binding.tensor.element_size()
     if matrix.packed is None:
         return LinearRecord(
             matrix.name, matrix.n, matrix.k, kept_float=matrix.kept_float, float_bits=float_bits
         )
+    layout, m = matrix.packed.layout, _tokens(graph, matrix)
     return LinearRecord(
         matrix.name,
         matrix.n,
@@ -55,7 +60,23 @@ def _linear(matrix: Matrix) -> LinearRecord:
         resident_bits([matrix.packed]),
         matrix.kernel,
         float_bits=float_bits if matrix.widths is not None else 32,
+        tokens=m,
+        seconds=predict_seconds(m, layout, target),
+        float_seconds=predict_float_seconds(m, matrix.n, matrix.k, target),
     )
+
+
+def _tokens(graph: MixGraph, matrix: Matrix) -> int:
+    """M of the first use of a matrix: rows of its output in this graph's example."""
+    for node in graph.graph.nodes:
+        record, example = quantized_of(node), node.meta.get("example_value")
+        ours = record is not None and record.matrix == matrix.name
+        if ours and isinstance(example, torch.Tensor) and example.shape[-1] == matrix.n:
+            m = 1
+            for size in example.shape[:-1]:
+                m *= int(compat.hint(size) or 1)
+            return m
+    return 0
 
 
 def write_artifacts(folder: Path, graph: MixGraph, ctx: Context) -> None:
@@ -88,11 +109,20 @@ def table(record: GraphRecord) -> str:
             continue
         rows = " ".join(f"w{b}:{n}" for b, n in line.rows.items())
         figures = f"{line.true_bits:>9.3f}  {line.resident_bits:>8.3f}"
-        lines.append(f"{line.name:<{width}}  {shape:>13}  {figures}  {rows}, {line.kernel}")
+        time = _time(line)
+        lines.append(f"{line.name:<{width}}  {shape:>13}  {figures}  {rows}, {line.kernel}{time}")
     lines += ["", f"{'pass':<22}  {'stage':<10}  {'changes':>7}  {'seconds':>8}"]
     for name, stage, changes, seconds in record.passes:
         lines.append(f"{name:<22}  {stage:<10}  {changes:>7}  {seconds:>8.3f}")
     return "\n".join(lines) + "\n"
+
+
+def _time(line: LinearRecord) -> str:
+    """Predicted time against the float linear, "" where the device is unknown."""
+    if line.seconds is None or line.float_seconds is None:
+        return ""
+    was, now = 1e6 * line.float_seconds, 1e6 * line.seconds
+    return f", at M = {line.tokens} at best {now:.1f} µs (bf16 {was:.1f})"
 
 
 def kernel_sources(graph: MixGraph) -> dict[str, str]:

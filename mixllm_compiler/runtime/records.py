@@ -23,6 +23,8 @@ class LinearRecord:
         kernel: kernel name, "" if float.
         kept_float: why it stayed float.
         float_bits: bits per weight of the float parameter.
+        tokens: M of this graph, 0 if unknown.
+        seconds, float_seconds: predicted for M tokens, None for an unknown device.
     """
 
     name: str
@@ -34,6 +36,9 @@ class LinearRecord:
     kernel: str = ""
     kept_float: str = ""
     float_bits: int = 32
+    tokens: int = 0
+    seconds: float | None = None
+    float_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One number of true bits: planned, reported and counted in the tensors; budgets are met closely."""
+"""True bits are one number, planned or counted in the tensors; budgets are met closely."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_a_tied_head_counts_and_its_embedding_stays_float(kind):
 
 @pytest.fixture(scope="module")
 def scores() -> Scores:
-    """Of a model large enough that one row does not matter: 7,168 rows."""
-    model = causal_lm("llama", 4, hidden_size=256, intermediate_size=512)
+    """Of a model large enough that bytes too few for another row do not matter: 14,336 rows."""
+    model = causal_lm("llama", 4, hidden_size=512, intermediate_size=1024)
     widths = (2, 3, 4, 5, 6, 8)
     return mixllm_compiler.score(model, IDS, kind="weight-error", widths=widths)
 

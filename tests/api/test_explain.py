@@ -1,4 +1,4 @@
-"""`explain` says what became of every linear; `invalidate` tells of changes that nothing can see."""
+"""`explain` says what became of every linear; `invalidate` tells of unseen changes."""
 
 from __future__ import annotations
 

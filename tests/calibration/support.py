@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 END = "</s>"
-WORDS = ["<unk>", END, *"the cat sat on a mat and then it left".split()]
+WORDS = ["<unk>", END, "the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "left"]
 
 
 def tokenizer(end: str | None = END) -> Any:

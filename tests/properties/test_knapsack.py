@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -107,6 +108,16 @@ def test_same_problem_same_choice(problem):
     loss, cost, budget = problem
     once, again = knapsack(loss, cost, budget), knapsack(loss.clone(), cost.clone(), budget)
     assert torch.equal(once.choice, again.choice)
+
+
+@given(problems(rows=20, formats=6), st.booleans())
+def test_deciding_clear_cases_before_sorting_changes_nothing(problem, fill):
+    loss, cost, budget = problem
+    sorted_whole = knapsack(loss, cost, budget, fill=fill)
+    with mock.patch("mixllm_compiler.allocation.knapsack._SORT", 2):
+        halved = knapsack(loss, cost, budget, fill=fill)
+    assert torch.equal(halved.choice, sorted_whole.choice)
+    assert halved.bound == sorted_whole.bound
 
 
 @settings(max_examples=10)
