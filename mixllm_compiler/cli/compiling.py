@@ -157,6 +157,9 @@ def graph_data(graph: GraphRecord) -> dict[str, Any]:
                 "resident_bits": line.resident_bits,
                 "kernel": line.kernel,
                 "float": line.kept_float,
+                "tokens": line.tokens,
+                "predicted_seconds": line.seconds,
+                "predicted_float_seconds": line.float_seconds,
             }
             for line in graph.linears
         ],

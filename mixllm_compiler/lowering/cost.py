@@ -34,8 +34,8 @@ class Limits:
 
 _LIMITS = {
     # bandwidth: a kernel that only reads 66 MB, in CUDA-graph replay, measured 3.9e12; the product
-    # is sold with 4.8e12. int8: and half: NVIDIA's data sheet, dense. launch: what small matrices cost in
-    # graph replay beyond their bytes, measured about 2 µs.
+    # is sold with 4.8e12. int8 and half: NVIDIA's data sheet, dense. launch: what small matrices
+    # cost in graph replay beyond their bytes, measured about 2 µs.
     "H200": Limits(bandwidth=3.9e12, int8=1.979e15, half=0.989e15, launch=2e-6),
 }
 

@@ -37,6 +37,9 @@ def graph_tables(graph: GraphRecord) -> list[RenderableType]:
     numbers = ("count", "shape", "true bits", "resident")
     prefix = common_prefix(line.name for line in graph.linears)
     table = plain_table(linears_of(prefix), *numbers, "rows", "kernel", numbers=numbers)
+    timed = any(line.seconds is not None for line in graph.linears)
+    if timed:
+        table.add_column("at best, each", justify="right")
     for (name, n, k, kernel, reason), lines in _alike(graph.linears).items():
         head = (name.removeprefix(prefix), str(len(lines)), f"{n}×{k}")
         if reason:
@@ -45,7 +48,7 @@ def graph_tables(graph: GraphRecord) -> list[RenderableType]:
         rows = _rows(lines)
         true = _mean(lines, [line.true_bits for line in lines])
         resident = _mean(lines, [line.resident_bits for line in lines])
-        table.add_row(*head, true, resident, rows, kernel)
+        table.add_row(*head, true, resident, rows, kernel, *([_time(lines[0])] if timed else []))
     found: list[RenderableType] = [Text(graph.headline(), style="bold")]
     if graph.note:
         found.append(Text(graph.note, style="yellow"))
@@ -73,6 +76,14 @@ def _rows(lines: Iterable[LinearRecord]) -> str:
         for bits, count in line.rows.items():
             rows[bits] = rows.get(bits, 0) + count
     return "  ".join(f"w{bits}:{count}" for bits, count in sorted(rows.items()))
+
+
+def _time(line: LinearRecord) -> str:
+    """Predicted microseconds of one such linear, beside those of its bf16 twin."""
+    if line.seconds is None or line.float_seconds is None:
+        return ""
+    now, was = 1e6 * line.seconds, 1e6 * line.float_seconds
+    return f"{now:.1f} µs (bf16 {was:.1f}) at M = {line.tokens}"
 
 
 def _mean(lines: Sequence[LinearRecord], bits: Sequence[float | None]) -> str:

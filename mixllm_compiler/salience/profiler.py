@@ -176,6 +176,8 @@ def profile(
             loss.backward()
             tally.loss = kind
             tally.add(run.found, run.batch, tokens)
+        # Values hold the hooks and hooks hold the run: a cycle of gigabytes, until it is cut.
+        run.env.clear()
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach(), outputs)
 
 

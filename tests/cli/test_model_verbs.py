@@ -34,9 +34,9 @@ def test_inspect_lists_alike_matrices_in_one_line(mixllm, tiny_model):
 
 
 def test_a_group_that_fits_nothing_is_refused(mixllm, tiny_model):
-    result = mixllm("inspect", tiny_model, "--group", 4096)
+    result = mixllm("inspect", tiny_model, "--group", 512)
     assert result.exit_code == 1
-    assert "smaller than a group of 4096" in result.stderr
+    assert "smaller than a group of 512" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import hypothesis
 
-hypothesis.settings.register_profile("properties", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("properties", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("properties")
