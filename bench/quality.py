@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     console = Console(width=None if Console().is_terminal else 140)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = model.to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     name = args.name or args.model.resolve().name
 
@@ -82,7 +83,9 @@ def main(argv: list[str] | None = None) -> int:
             "seconds of scoring": round(planned - started, 1),
             "seconds of measuring": round(time.perf_counter() - planned, 1),
         }
-        console.print(write_results(f"quality-{name}", rows, bars, device="cpu", extra=extra).name)
+        console.print(
+            write_results(f"quality-{name}", rows, bars, device=args.device, extra=extra).name
+        )
     show(console, name, rows, bars)
     return 0
 
@@ -299,6 +302,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--windows", default="24,16", help="windows of the two texts")
     add("--window", type=int, default=1024, help="tokens of each")
     add("--threads", type=int, default=2)
+    add("--device", default="cpu", help="cpu or cuda")
     add("--quick", action="store_true", help="two short windows, nothing is written")
     args = parser.parse_args(argv)
     args.windows = [int(count) for count in args.windows.split(",")]

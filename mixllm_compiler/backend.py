@@ -82,6 +82,9 @@ def _compile(
         log.warning("mixllm: %s", record.note)
     if matrices and not options.quiet and ctx.known is None:
         _say(record.headline())
+    if record.linears and not record.quantized:
+        kept = "; ".join(f"{line.name}: {line.kept_float}" for line in record.linears[:3])
+        log.warning("%s (%s)", record.headline(), kept)
     _warn_near_the_limit()
     return _hand_over(graph, keep, options, mode)
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,8 @@ _CHUNK = 1 << 17  # rows that are worked on at a time: their columns stay in the
 _SORT = 1 << 18  # steps that are sorted; of more, the clear cases are decided first
 _PIVOTS = 1024  # steps that a pivot is the median of
 _REFILL = 4096  # steps tried one by one in a round of spending what is left
+_CORE = 96  # steps around the break that are chosen exactly
+_CORE_BYTES = 1 << 17  # and how many bytes they may take together
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ def knapsack(loss: Tensor, cost: Tensor, budget: int, *, fill: bool = False) -> 
         )
     steps = _steps(loss, cost, fill)
     levels, price = _take(steps, budget - least)
-    choice = torch.gather(steps.formats, 0, levels.unsqueeze(0)).squeeze(0)
-    spent = _picked(cost, choice)
-    _refill(loss, cost, choice, budget - int(spent.sum()))
+    spent = _picked(cost, _formats(steps, levels)).sum()
+    _polish(steps, levels, price, budget - int(spent))
+    choice = _formats(steps, levels)
+    _refill(loss, cost, choice, budget - int(_picked(cost, choice).sum()))
     objective = float(_picked(loss, choice).sum())
     # Rounding can lift a tight bound above the objective by a few units in the last place.
     bound = min(lower_bound(loss, cost, budget, price), objective)
@@ -196,6 +200,64 @@ def _take(steps: _Steps, room: int) -> tuple[Tensor, float]:
     return levels, float(worth[taken]) if taken < len(worth) else 0.0
 
 
+def _polish(steps: _Steps, levels: Tensor, price: float, left: int) -> None:
+    """Choose the steps nearest to the break exactly, in place: a 0/1 knapsack over that core.
+
+    Taking steps by worth leaves bytes over that the next step is too large for. Which steps of
+    nearly the same worth fill them best is a small dynamic programme; all far from the break
+    are taken, or left, in any good solution.
+
+    Args:
+        levels: int64 [R] steps taken per row.
+        price: worth of the first step that did not fit.
+        left: bytes not spent yet.
+    """
+    last = len(steps.worth) - 1
+    if last < 0:
+        return
+    # Of each row the step taken last, which can be undone, or the next one, whichever is nearer.
+    down, up = (levels - 1).clamp_min(0), levels.clamp_max(last)
+    far = _distance(steps, down, levels > 0, price), _distance(steps, up, levels <= last, price)
+    undo, distance = far[0] <= far[1], torch.minimum(*far)
+    core = distance.topk(min(_CORE, len(levels)), largest=False).indices.sort().values
+    core = core[distance[core].isfinite()]
+    step = torch.where(undo[core], down[core], up[core])
+    size = steps.extra[step, core]
+    fits = size.cumsum(0) <= _CORE_BYTES
+    core, step, size = core[fits], step[fits], size[fits]
+    gains = steps.worth[step, core] * size
+    room = left + int(size[undo[core]].sum())
+    picked = _zero_one(size.tolist(), gains.tolist(), room)
+    levels[core] = step + torch.tensor(picked, dtype=torch.int64)
+
+
+def _distance(steps: _Steps, step: Tensor, possible: Tensor, price: float) -> Tensor:
+    """How far the worth of one step of each row is from the price; infinite if it has none."""
+    worth = steps.worth.gather(0, step.unsqueeze(0)).squeeze(0)
+    return (worth - price).abs().masked_fill_(~possible | (worth < 0), math.inf)
+
+
+def _zero_one(sizes: list[int], gains: list[float], room: int) -> list[int]:
+    """The exact 0/1 knapsack by dynamic programming over bytes: 1 for what is taken."""
+    room = min(room, sum(sizes))
+    unit = math.gcd(*sizes) if sizes else 1
+    slots = room // unit
+    best = np.zeros(slots + 1)
+    take = np.zeros((len(sizes), slots + 1), dtype=bool)
+    for i, (size, gain) in enumerate(zip(sizes, gains, strict=True)):
+        s = size // unit
+        if s > slots:
+            continue
+        with_it = best[: slots + 1 - s] + gain
+        take[i, s:] = with_it >= best[s:]  # equally good: left-over bytes are worth nothing
+        best[s:] = np.maximum(best[s:], with_it)
+    picked, left = [0] * len(sizes), slots
+    for i in reversed(range(len(sizes))):
+        if take[i, left]:
+            picked[i], left = 1, left - sizes[i] // unit
+    return picked
+
+
 def _refill(loss: Tensor, cost: Tensor, choice: Tensor, room: int) -> None:
     """Spend `room` bytes on the single steps that are worth most, in place."""
     while room > 0:
@@ -247,6 +309,11 @@ def _checked(loss: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
     if bool(stuck.any()):
         raise ValueError(f"row {int(stuck.nonzero()[0])} has no allowed format")
     return loss, cost
+
+
+def _formats(steps: _Steps, levels: Tensor) -> Tensor:
+    """int64 [R] formats after so many steps."""
+    return steps.formats.gather(0, levels.unsqueeze(0)).squeeze(0)
 
 
 def _picked(values: Tensor, choice: Tensor) -> Tensor:

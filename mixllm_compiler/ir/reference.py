@@ -37,7 +37,8 @@ def quantize_activation(x: Tensor, mode: str, group: int) -> tuple[Tensor, Tenso
     amax = grouped.abs().amax(-1)
     if mode == "token":
         amax = amax.amax(-1, keepdim=True)
-    scales = torch.where(amax == 0, torch.ones_like(amax), amax / 127)
+    # By a tensor: CUDA divides by a number through its reciprocal, one unit in the last place off.
+    scales = torch.where(amax == 0, torch.ones_like(amax), amax / torch.full_like(amax, 127))
     # A subnormal maximum divided by 127 can become zero: the token is then quantized as zero.
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     codes = torch.round(grouped / scales.unsqueeze(-1)).clamp(-127, 127)

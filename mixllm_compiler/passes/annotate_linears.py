@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from .. import compat
 from ..capture import module_path, refuse_two_devices
 from ..errors import OptionError, UnsupportedModel, nearest
 from ..ir import ops
@@ -58,6 +59,7 @@ class AnnotateLinears(Pass):
             changes.add(name, experts.kept_float)
         _bind_packed(graph)
         _check_patterns(graph, ctx)
+        _refuse_if_there_are_none(graph, ctx)
         _refuse_if_all_too_small(graph)
         refuse_two_devices(m.binding for m in graph.active())
         return changes
@@ -185,6 +187,18 @@ def _check_patterns(graph: MixGraph, ctx: Context) -> None:
                 f"the pattern {pattern!r} matches none of {len(names)} linears."
                 f"{nearest(pattern, names)}"
             )
+
+
+def _refuse_if_there_are_none(graph: MixGraph, ctx: Context) -> None:
+    """A whole model without linears would run in float, and nobody asked for that."""
+    piece = compat.is_resumed_frame() or compat.break_reason(graph.module) is not None
+    if not (graph.matrices or piece or ctx.plan is not None or ctx.options.partial):
+        root = "this graph" if graph.root is None else type(graph.root).__name__
+        raise UnsupportedModel(
+            f"no linear with a constant weight was found in {root}, so there is nothing to "
+            "quantize; compile it without this backend. If it is a piece of a larger model, say "
+            "so with options={'partial': True}"
+        )
 
 
 def _refuse_if_all_too_small(graph: MixGraph) -> None:

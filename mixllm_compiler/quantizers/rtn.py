@@ -32,12 +32,12 @@ def quantize_rows(w: Tensor, fmt: RowFormat) -> RowCodes:
     constant = _constant(w, k, fmt.group, x)
     if fmt.symmetric:
         top = torch.maximum(hi, -lo)
-        s = _fp16_scale(torch.where(constant, top, top / 127))
+        s = _fp16_scale(torch.where(constant, top, top / torch.full_like(top, 127)))
         q = torch.round(x / s.to(work).unsqueeze(-1)).clamp(-127, 127)
         return RowCodes(fmt, q.view(n, -1)[:, :k].to(torch.int8).contiguous(), s, None)
     lo, hi = lo.clamp_max(0), hi.clamp_min(0)
     span = hi - lo
-    s = _fp16_scale(torch.where(constant, span, span / fmt.qmax))
+    s = _fp16_scale(torch.where(constant, span, span / torch.full_like(span, fmt.qmax)))
     wide = s.to(work)
     z = torch.where(constant, (lo < 0).to(work), torch.round(-lo / wide).clamp(0, fmt.qmax))
     q = (torch.round(x / wide.unsqueeze(-1)) + z.unsqueeze(-1)).clamp(0, fmt.qmax)

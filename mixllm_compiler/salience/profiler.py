@@ -81,7 +81,7 @@ class Profiler(fx.Interpreter):
     def __init__(
         self, gm: fx.GraphModule, probes: Mapping[fx.Node, Probe], formats: Sequence[RowFormat]
     ) -> None:
-        super().__init__(gm, garbage_collect_values=False)
+        super().__init__(gm, garbage_collect_values=True)
         self.probes = probes
         self.formats = formats
         self.batch = 1

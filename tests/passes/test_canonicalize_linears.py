@@ -147,7 +147,7 @@ def test_what_is_no_linear_of_a_constant_matrix_stays(name):
     passed(graph, "canonicalize-linears")
     assert str(graph.graph) == text
     assert torch.equal(outputs(graph), before)
-    passed(graph, "annotate-linears")
+    passed(graph, "annotate-linears", partial=True)
     assert not graph.matrices
 
 
