@@ -15,14 +15,19 @@ def problem(*rows):
     return loss, torch.tensor([[point[1] for point in row] for row in rows])
 
 
-def test_the_row_that_saves_more_per_byte_goes_first():
+def test_a_larger_saving_that_fits_beats_a_better_one_per_byte_that_leaves_bytes_over():
     loss, cost = problem([(9.0, 1), (0.0, 3)], [(5.0, 1), (0.0, 2)])
     found = knapsack(loss, cost, 4)
-    assert found.choice.tolist() == [0, 1]
-    assert (found.objective, found.bytes) == (9.0, 3)
-    # The linear program would take half of the first row's step, too.
+    assert found.choice.tolist() == [1, 0]
+    assert (found.objective, found.bytes) == (5.0, 4)
+    # The linear program would take the second row's step and half of the first row's.
     assert found.bound == pytest.approx(9.0 - 4.5)
-    assert found.gap == pytest.approx(0.5)
+    assert found.gap == pytest.approx(0.1)
+
+
+def test_the_row_that_saves_more_per_byte_goes_first():
+    loss, cost = problem([(5.0, 1), (0.0, 3)], [(5.0, 1), (0.0, 2)])
+    assert knapsack(loss, cost, 3).choice.tolist() == [0, 1]
 
 
 def test_a_format_above_the_hull_is_never_worth_its_bytes():
