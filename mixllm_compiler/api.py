@@ -17,7 +17,7 @@ from .backend import mixllm
 from .calibration.tokens import DEFAULT_SEQUENCES, calibration_tokens
 from .errors import MixLLMError, PlanMismatch, UnsupportedModel
 from .formats.fingerprint import fingerprint
-from .frames import own_frame
+from .frames import CompiledForward, own_frame
 from .modules import PackedLinear
 from .options import Options
 from .passes.allocate_bits import plan_arguments
@@ -120,6 +120,12 @@ def quantize(model: M, plan: Plan) -> M:
     own = fingerprint({name: _matrix(homes[name]) for name in planned})
     names = {theirs: ours for ours, theirs in plan.match(own, subset=True).items()}
     missing = [name for name in plan.sites if name not in names]
+    done = [n for n, m in model.named_modules() if n in missing and isinstance(m, PackedLinear)]
+    if done:
+        raise UnsupportedModel(
+            f"{len(done)} linears of this model are quantized already, the first is {done[0]}; "
+            "load the float model to quantize it with another plan"
+        )
     if missing:
         raise PlanMismatch(
             f"the plan has {missing[0]} ({len(missing)} of {len(plan.sites)} in all), which is no "
@@ -208,8 +214,8 @@ def compile(
     original = getattr(model, "_mixllm_float_forward", model.forward)
     model._mixllm_float_forward = original  # type: ignore[assignment]
     model._mixllm_options = settings  # type: ignore[assignment]
-    model.forward = torch.compile(
-        own_frame(original), backend=mixllm, options=settings, dynamic=dynamic, fullgraph=fullgraph
+    model.forward = CompiledForward(
+        original, backend=mixllm, options=settings, dynamic=dynamic, fullgraph=fullgraph
     )
     return model
 

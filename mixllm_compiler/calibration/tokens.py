@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, UnsupportedModel
+from .. import compat
+from ..errors import OptionError, UnsupportedModel, WeightError
 
 DEFAULT_SEQUENCES = 8
 DEFAULT_LENGTH = 1024
@@ -145,6 +146,27 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, sequences: int, len
     return torch.tensor(ids[: sequences * length]).view(sequences, length)
 
 
+def _refuse_what_cannot_run(model: nn.Module) -> None:
+    """What would end as an error of some op, deep inside of `generate`.
+
+    Raises:
+        UnsupportedModel: weights on the meta device.
+        WeightError: released weights, or values that are not finite.
+    """
+    for name, weight in model.named_parameters():
+        if weight.device.type == "meta":
+            raise UnsupportedModel(
+                f"{name} has no values (it is on the meta device); load the checkpoint first"
+            )
+        compat.refuse_released(weight, name)
+        wide = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if wide and not bool(torch.isfinite(weight).all()):
+            raise WeightError(
+                f"{name} holds values that are NaN or infinite, so the model can write no text; "
+                "repair the checkpoint"
+            )
+
+
 @torch.no_grad()
 def written_by(model: nn.Module, sequences: int, length: int, seed: int = 0) -> Tensor:
     """Text that the model samples from itself at temperature 1; as good for scores as real text."""
@@ -153,6 +175,7 @@ def written_by(model: nn.Module, sequences: int, length: int, seed: int = 0) -> 
         raise UnsupportedModel(
             f"{type(model).__name__} cannot generate text; pass token ids or a text file as data"
         )
+    _refuse_what_cannot_run(model)
     config: Any = model.config
     device = next(model.parameters()).device
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id

@@ -70,8 +70,8 @@ class Matrix:
         w = readable(self.binding)
         return w.t() if self.transposed else w
 
-    def value(self) -> Tensor:
-        """The float matrix [N, K], transformed along K if a pass asked for it.
+    def checked(self) -> Tensor:
+        """`stored()`, after a look at its values.
 
         Raises:
             WeightError: the storage was released, or values are not finite.
@@ -83,6 +83,15 @@ class Matrix:
                 f"{self.binding.name} has {bad} values that are NaN or infinite; "
                 "repair the checkpoint, or exclude this matrix with options={'exclude': [...]}"
             )
+        return w
+
+    def value(self) -> Tensor:
+        """The float matrix [N, K], transformed along K if a pass asked for it.
+
+        Raises:
+            WeightError: the storage was released, or values are not finite.
+        """
+        w = self.checked()
         if self.transform:
             block = int(self.transform.removeprefix("hadamard:"))
             w = block_hadamard(w.to(torch.promote_types(w.dtype, torch.float32)), block)

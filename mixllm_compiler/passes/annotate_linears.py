@@ -34,6 +34,12 @@ _FROM_LINEAR_TO_OUTPUT = {
 }
 
 
+_FROM_WEIGHT_TO_PRODUCT = {
+    *("transpose", "permute", "getattr", "getitem", "index_select", "select", "unbind", "to"),
+    *("contiguous", "unsqueeze", "reshape", "view", "expand"),
+}
+
+
 class AnnotateLinears(Pass):
     name = "annotate-linears"
     stage = "annotate"
@@ -43,6 +49,7 @@ class AnnotateLinears(Pass):
     def run(self, graph: MixGraph, ctx: Context) -> Changes:
         changes = Changes()
         self._by_weight: dict[tuple[int, bool], Matrix] = {}
+        _refuse_quantized(graph)
         heads = _head_linears(graph)
         for node in graph.calls(LINEAR):
             binding = graph.weight_binding(node.args[1])
@@ -87,8 +94,8 @@ class AnnotateLinears(Pass):
         options, dtype = ctx.options, matrix.binding.tensor.dtype
         if dtype not in _FLOATS:
             raise UnsupportedModel(
-                f"{matrix.binding.name} is {str(dtype).removeprefix('torch.')}: this model is "
-                "already quantized (or in an 8-bit float); compile the original checkpoint"
+                f"{matrix.binding.name} is {str(dtype).removeprefix('torch.')}; linears are "
+                "quantized from float32, bfloat16 or float16: convert the model first"
             )
         planned = None if ctx.plan is None else planned_name(ctx.plan, matrix.name)
         if ctx.plan is not None and planned and planned in ctx.plan.float_sites:
@@ -151,11 +158,22 @@ def _experts(graph: MixGraph) -> dict[str, Matrix]:
     found = {}
     for node, binding in graph.bindings.items():
         fused = isinstance(binding.tensor, torch.nn.Parameter) and binding.tensor.dim() == 3
-        if fused and node.users and binding.tensor.dtype in _FLOATS:
+        if fused and _is_multiplied(node) and binding.tensor.dtype in _FLOATS:
             _, n, k = binding.tensor.shape
             reason = f"fused expert weights {tuple(binding.tensor.shape)}: no kernel for them yet"
             found[binding.name] = Matrix(binding.name, binding, n, k, kept_float=reason)
     return found
+
+
+def _is_multiplied(node: fx.Node) -> bool:
+    """Whether matrix products read it, through views and gathers; convolutions are none."""
+    for user in node.users:
+        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if any(word in str(name) for word in ("mm", "matmul", "einsum", "linear")):
+            return True
+        if name in _FROM_WEIGHT_TO_PRODUCT and _is_multiplied(user):
+            return True
+    return False
 
 
 def _bind_packed(graph: MixGraph) -> None:
@@ -186,6 +204,19 @@ def _check_patterns(graph: MixGraph, ctx: Context) -> None:
             raise OptionError(
                 f"the pattern {pattern!r} matches none of {len(names)} linears."
                 f"{nearest(pattern, names)}"
+            )
+
+
+def _refuse_quantized(graph: MixGraph) -> None:
+    """Weights in float8 or in integers, whatever op reads them."""
+    for node, binding in graph.bindings.items():
+        w = binding.tensor
+        float8 = w.is_floating_point() and w.element_size() == 1
+        integers = isinstance(w, torch.nn.Parameter) and not w.is_floating_point()
+        if w.dim() >= 2 and node.users and (float8 or integers):
+            raise UnsupportedModel(
+                f"{binding.name} is {str(w.dtype).removeprefix('torch.')}: this model is already "
+                "quantized (or in an 8-bit float); compile the original checkpoint"
             )
 
 

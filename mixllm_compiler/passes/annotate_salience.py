@@ -68,6 +68,8 @@ class AnnotateSalience(Pass):
         tokens = supervised_tokens(graph.inputs, where)
         if not stops and (forced or tokens >= MIN_TOKENS):
             graph.refuse_released()
+            for matrix in graph.active():
+                matrix.checked()
             with torch.no_grad():
                 profile(graph.module, graph.inputs, probes_of(graph), where, tally)
             # `generate` asks for the last logits only: few tokens of a long prompt have a loss.

@@ -76,6 +76,8 @@ class ScoringRun:
         if not graph.active():
             raise UnsupportedModel(no_linears(graph))
         graph.refuse_released()
+        for matrix in graph.active():
+            matrix.checked()
         self.graph = graph
         if self.kind == "weight-error":
             return gm

@@ -12,6 +12,7 @@ Kinds (A_d = Σ_t δ_t (x_t·Δ), δ from the *summed* token losses, T tokens a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..errors import UnsupportedModel
 from ..formats.row_format import RowFormat
 from ..ir import ops, reference
 from ..quantizers.rtn import quantize_rows
@@ -208,6 +210,12 @@ def _loss(
 ) -> tuple[Tensor | None, int, str]:
     """(summed loss, supervised tokens, name)."""
     if logits is not None and logits.dim() == 3:
+        # -inf may be meant (a padded vocabulary); NaN and +inf give no gradient and no labels.
+        if not bool((logits.detach() < math.inf).all()):
+            raise UnsupportedModel(
+                "the float model's own logits are NaN or infinite, so it cannot be scored; check "
+                "its weights, or load it in bfloat16 or float32 if it is in float16"
+            )
         if ids is not None and logits.shape[1] == ids.shape[1] > 1:
             labels = ids[:, 1:].clone()
             if mask is not None and mask.shape == ids.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -211,6 +212,23 @@ def test_released_weights_are_freed_and_generation_goes_on(scores):
     assert torch.equal(model.generate(IDS, **ask), kept.generate(IDS, **ask))
     assert all(m.weight.untyped_storage().size() == 0 for m, _, _ in linear_modules(model).values())
     assert model.get_input_embeddings().weight.untyped_storage().size() > 0
+
+
+@torch.no_grad()
+def test_a_deep_copy_of_a_compiled_model_runs_with_its_own_weights(scores):
+    model = compile_with(mixllm_compiler.plan(scores, bits=4.6))
+    expected = model(IDS).logits
+    twin, changed = copy.deepcopy(model), copy.deepcopy(model)
+    with handed_over() as graphs:
+        assert torch.equal(twin(IDS).logits, expected)
+    assert len(graphs) == 1  # compiled for the copy
+    for parameter in changed.parameters():
+        parameter.mul_(0.5)
+    with pytest.raises(Exception, match="made for other weights of the same architecture"):
+        changed(IDS)
+    assert torch.equal(model(IDS).logits, expected)
+    ask = {"attention_mask": torch.ones_like(IDS), "do_sample": False, "max_new_tokens": 3}
+    assert torch.equal(twin.generate(IDS, **ask), model.generate(IDS, **ask))
 
 
 def test_no_import_of_the_package_is_needed():

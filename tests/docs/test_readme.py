@@ -20,11 +20,11 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE
 
 # What each example must show that it did, in the order of the README.
 SHOWN = [
-    r"mixllm: 14 linears, 4\.\d+ true bits \(asked 4\.40 bits\)",
-    r"(?s)mixllm: 35 linears, 4\.\d+ true bits.*The river",
-    r"4\.2\d+ bits, loss \+.*\n4\.[45]\d+ bits, .*\n(4\.9|5\.0)\d+ bits, ",
-    r"(?s)q_proj .*w4:\d+.*00-captured\.py.*share-quantizers\.py",
-    r"model\.layers\.0\.self_attn\.q_proj +384×384 +8\.\d+ .* w8:384",
+    [r"mixllm: 14 linears, 4\.\d+ true bits \(asked 4\.40 bits\)"],
+    [r"mixllm: 35 linears, 4\.\d+ true bits", r"^The river \w+"],
+    [r"^4\.2\d+ bits, loss \+.*\n4\.[45]\d+ bits, .*\n(4\.9|5\.0)\d+ bits, "],
+    [r"q_proj .*w4:\d+", r"00-captured\.py", r"share-quantizers\.py"],
+    [r"model\.layers\.0\.self_attn\.q_proj +384×384 +8\.\d+ .* w8:384"],
 ]
 
 
@@ -51,7 +51,8 @@ def test_an_example_runs_as_it_stands(number, tmp_path):
     )
     shown = done.stdout + done.stderr
     assert done.returncode == 0, shown
-    assert re.search(SHOWN[number], shown), shown
+    for pattern in SHOWN[number]:
+        assert re.search(pattern, shown, re.MULTILINE), shown
 
 
 def test_every_example_is_run():

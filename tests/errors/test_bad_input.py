@@ -49,13 +49,20 @@ def _without_gradients():
 
 def refused(model, x=X, **options):
     """The error of a call through the backend, after which the float model is as it was."""
-    before = {name: p.clone() for name, p in model.state_dict().items() if p.device.type != "meta"}
+    before = bytes_of(model)
     error = refusal(compiled(model, **options), x)
-    assert isinstance(error, MixLLMError)
-    for name, value in model.state_dict().items():
-        if name in before:
-            assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
+    assert isinstance(error, MixLLMError), error
+    assert bytes_of(model) == before
     return error
+
+
+def bytes_of(model):
+    state = model.state_dict().items()
+    return {
+        name: value.flatten().view(torch.uint8).numpy().tobytes()
+        for name, value in state
+        if value.device.type != "meta"
+    }
 
 
 def assert_still_works(model, x=X):
@@ -76,7 +83,7 @@ def test_k_smaller_than_a_group():
     assert "none of 2 linears can be quantized" in message
     assert "0: K = 96 is smaller than a group of 128" in message
     assert "options={'group': 32}" in message
-    y = compiled(model, group=32)(X[:, :96])  # the cure that it names
+    y = compiled(model, group=32, bits=5)(X[:, :96])  # the cure that it names
     assert not torch.equal(y, model(X[:, :96]))
 
 
@@ -142,6 +149,48 @@ def test_weights_too_large_for_their_scale():
     assert "exclude it" in str(error)
 
 
+def test_logits_that_are_not_finite_give_no_scores():
+    model = tiny_llama(1)
+    model.lm_head.weight[3] = math.inf  # stays float, and is no weight of a plan
+    for call in (
+        lambda: mixllm_compiler.score(model, token_ids(2, 16)),
+        lambda: compiled(model, widths=(4, 8), bits=5)(token_ids(2, 600)),
+    ):
+        error = refusal(call)
+        assert isinstance(error, UnsupportedModel)
+        assert "the float model's own logits are NaN or infinite" in str(error)
+        assert "bfloat16" in str(error)
+
+
+def test_weights_that_are_not_finite_cannot_be_scored():
+    model = tiny_llama(1)
+    model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    for kind in ("fisher-sequence", "weight-error"):
+        error = refusal(mixllm_compiler.score, model, token_ids(2, 16), kind=kind)
+        assert isinstance(error, WeightError)
+        assert "model.layers.0.mlp.up_proj.weight has 1 values that are NaN" in str(error)
+    error = refusal(mixllm_compiler.score, model)  # on text that it should write itself
+    assert isinstance(error, WeightError)
+    assert "model.layers.0.mlp.up_proj.weight holds values that are NaN" in str(error)
+
+
+def test_weights_in_integers():
+    class Integers(nn.Module):
+        """The codes of somebody else's quantizer."""
+
+        def __init__(self):
+            super().__init__()
+            codes = torch.randint(-8, 8, (HIDDEN, HIDDEN), dtype=torch.int8)
+            self.codes = nn.Parameter(codes, requires_grad=False)
+
+        def forward(self, x):
+            return F.linear(x, self.codes.to(x.dtype) * 0.01)
+
+    error = refused(Integers().eval())
+    assert isinstance(error, UnsupportedModel)
+    assert "codes is int8: this model is already quantized" in str(error)
+
+
 def test_float8_weights():
     class Float8(nn.Module):
         def __init__(self):
@@ -174,7 +223,8 @@ def test_float8_weights():
 def test_float64_weights():
     error = refused(mlp().double(), X.double())
     assert isinstance(error, UnsupportedModel)
-    assert "0.weight is float64" in str(error)
+    assert "0.weight is float64; linears are quantized from float32" in str(error)
+    assert_still_works(mlp().double().float())
 
 
 def test_a_model_that_is_quantized_already():
@@ -216,6 +266,7 @@ def test_meta_tensors_are_refused_by_every_door():
     for call in (
         lambda: mixllm_compiler.score(model, token_ids(2, 16)),
         lambda: mixllm_compiler.score(model, token_ids(2, 16), kind="weight-error"),
+        lambda: mixllm_compiler.score(model),
         lambda: mixllm_compiler.compile(model, bits=5, data=token_ids(2, 16)),
     ):
         error = refusal(call)
@@ -251,7 +302,6 @@ def test_a_model_on_two_devices():
 def test_training_mode_at_every_door():
     model = tiny_llama(1).train()
     ids = token_ids()
-    plan = None
     for call in (
         lambda: compiled(model)(ids),
         lambda: mixllm_compiler.compile(model, bits=5),
@@ -261,7 +311,6 @@ def test_training_mode_at_every_door():
         assert isinstance(error, UnsupportedModel)
         assert "LlamaForCausalLM is in training mode" in str(error)
         assert "model.eval()" in str(error)
-    assert plan is None
     model.eval()
     assert_quantized(compiled(model)(ids).logits, model(ids).logits, oracle(model)(ids).logits)
 
@@ -292,7 +341,7 @@ def test_an_input_that_wants_a_gradient():
         ({"widths": (4, 7)}, "a row cannot have 7 bits; widths are (2, 3, 4, 5, 6, 8)"),
         ({"widths": ()}, "widths is empty; choose from (2, 3, 4, 5, 6, 8)"),
         ({"pins": {"0": 9}}, "a row cannot have 9 bits"),
-        ({"group": 100}, "group size 100 is not a positive multiple of 16"),
+        ({"group": 100}, "group size 100 is not a multiple of 16"),
         ({"bits": 0.5}, "bits = 0.5 is no budget in bits per weight (1 to 16)"),
         ({"rotate": 100}, "rotate = 100: a Hadamard block is a power of two, or 0"),
         ({"exclude": "3"}, "the pattern '3' matches none of 2 linears. Known: 0, 2"),

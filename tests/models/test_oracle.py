@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mixllm_compiler
 from mixllm_compiler.allocation.plan import Plan
-from tests.helpers import EAGER, token_ids
+from tests.helpers import EAGER, oracle, token_ids
 from tests.models.support import ARCHITECTURES, build, kl, oracle_of, plan_of
 
 IDS = token_ids(2, 96)
@@ -104,6 +104,21 @@ def test_logits_under_a_paper_plan_with_pins_and_exclusions_are_those_of_the_ora
     )
     compiled = mixllm_compiler.compile(model, plan=plan, **EAGER)
     assert kl_ratio(Case(exact, oracle_of(exact, plan), compiled, plan)) < 0.01
+
+
+def test_logits_of_a_mixture_of_experts_are_those_of_the_oracle():
+    assert kl_ratio(make("mixtral")) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_logits_with_rotated_inputs_and_a_scale_per_token_are_those_of_the_oracle(kind):
+    exact, model = build(kind), build(kind)
+    plan = plan_of(exact, IDS, rotate=128)
+    assert plan.activation_mode == "token"
+    compiled = mixllm_compiler.compile(model, plan=plan, **EAGER)
+    widths = {name: site.widths for name, site in plan.sites.items()}
+    rotated = oracle(exact, widths, plan.activation_mode, plan.rotation)
+    assert kl_ratio(Case(exact, rotated, compiled, plan)) < 0.01
 
 
 @pytest.mark.slow

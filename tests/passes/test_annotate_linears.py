@@ -165,6 +165,44 @@ def test_the_experts_of_a_mixtral():
     ]
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: torch.bmm(x.expand(8, -1, -1), w.transpose(1, 2)),
+        lambda x, w: torch.bmm(x.expand(2, -1, -1), w[torch.tensor([0, 3])].transpose(-2, -1)),
+        lambda x, w: torch.einsum("th,eoh->eto", x, w),
+        lambda x, w: torch.stack([F.linear(x, w[e]) for e in range(8)]),
+        lambda x, w: x @ w.mT,
+    ],
+    ids=["bmm", "gathered", "einsum", "one by one", "matmul"],
+)
+def test_experts_are_recognized_by_the_products_they_are_in(product):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 256, HIDDEN))
+
+        def forward(self, x):
+            return product(x, self.w)
+
+    kept = reasons(annotated(Experts(), X[0]))
+    assert kept == {"w": "fused expert weights (8, 256, 128): no kernel for them yet"}
+
+
+def test_other_weights_of_three_dimensions_are_no_experts():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(1, 5, HIDDEN))
+            self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)
+            self.lin = nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x):
+            return self.lin(self.conv((x + self.position).mT).mT)
+
+    assert reasons(annotated(Model())) == {"lin": ""}
+
+
 def test_short_rows_stay_float():
     graph = annotated(nn.Sequential(nn.Linear(HIDDEN, 64), nn.Linear(64, HIDDEN)))
     assert reasons(graph) == {"0": "", "1": "K = 64 is smaller than a group of 128"}
@@ -213,20 +251,9 @@ def test_a_model_whose_linears_were_all_excluded_is_no_mistake():
     assert not annotated(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)), exclude="*").active()
 
 
-def test_float8_weights_are_quantized_already():
-    class Float8(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(HIDDEN, HIDDEN).to(torch.float8_e4m3fn), False)
-
-        def forward(self, x):
-            return F.linear(x.to(torch.float8_e4m3fn), self.w)
-
-    class Double(nn.Linear):
-        pass
-
+def test_a_dtype_that_is_not_quantized_from():
     with pytest.raises(UnsupportedModel, match=r"0\.weight is float64"):
-        annotated(nn.Sequential(Double(HIDDEN, HIDDEN).double()), X.double())
+        annotated(nn.Sequential(nn.Linear(HIDDEN, HIDDEN).double()), X.double())
 
 
 def test_linears_on_two_devices():

@@ -89,6 +89,7 @@ def test_a_released_model_cannot_be_scored_or_fingerprinted():
     for call in (
         lambda: mixllm_compiler.score(model, token_ids(2, 16), kind="weight-error"),
         lambda: mixllm_compiler.score(model, token_ids(2, 16)),
+        lambda: mixllm_compiler.score(model),
         lambda: mixllm_compiler.quantize(model, plan),
         lambda: compiled(model, plan=plan)(token_ids()),
     ):
