@@ -8,12 +8,13 @@ from ..target import Target
 BAND = 8
 """Token blocks that go past the weights together."""
 
-# Up to 32 tokens the kernel reads weights and waits: narrow programs, groups side by side. Above
-# that, tiles of 64 rows feed the largest matrix instruction there is.
+# Up to 64 tokens the kernel reads weights and waits: narrow programs, four groups side by side.
+# Above that, tiles of 64 rows feed the largest matrix instruction there is. The best of those that
+# `bench/gemm.py --sweep` timed on an H200.
 _DEFAULT = (
-    Bucket(16, rows=16, split=8, warps=8, stages=3),
+    Bucket(16, rows=16, split=4, warps=4, stages=3),
     Bucket(32, rows=32, split=4, warps=4, stages=3),
-    Bucket(64, rows=64, split=1, warps=4, stages=4),
+    Bucket(64, rows=32, split=4, warps=4, stages=2),
     Bucket(128, rows=64, split=1, warps=4, stages=3),
 )
 
