@@ -60,15 +60,22 @@ def buffer_source(parent: Any, name: str) -> Any:
 # -- the frame being compiled --------------------------------------------------------------------
 
 
-def current_frame() -> tuple[str, dict[str, Any], dict[str, Any]] | None:
-    """(code name, locals, globals) of the frame Dynamo is compiling; None outside of Dynamo."""
+def _translator() -> Any | None:
+    """What translates the current frame; outside of Dynamo 2.13 has no such attribute, and after
+    its first frame 2.11 says None.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        tx: Any = InstructionTranslator.current_tx()
+        return InstructionTranslator.current_tx()
     except AttributeError:
         return None
-    return tx.f_code.co_name, tx.f_locals, tx.f_globals
+
+
+def current_frame() -> tuple[str, dict[str, Any], dict[str, Any]] | None:
+    """(code name, locals, globals) of the frame Dynamo is compiling; None outside of Dynamo."""
+    tx = _translator()
+    return None if tx is None else (tx.f_code.co_name, tx.f_locals, tx.f_globals)
 
 
 def graphs_of_frame() -> tuple[int, int] | None:
@@ -77,11 +84,9 @@ def graphs_of_frame() -> tuple[int, int] | None:
     Past that many, Dynamo runs the function in float. None outside of Dynamo.
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    try:
-        tx: Any = InstructionTranslator.current_tx()
-    except AttributeError:
+    tx = _translator()
+    if tx is None:
         return None
     return len(_debug_get_cache_entry_list(tx.f_code)) + 1, torch._dynamo.config.recompile_limit
 
@@ -196,12 +201,25 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     )
 
 
-def stamp(weight: Tensor) -> tuple[int | None, int]:
-    """Version counter and pointer: what changes when a weight is written in place.
+def stamp(weight: Tensor) -> tuple[int | None, int, Any]:
+    """Version counter, pointer and storage: what changes when a weight is written in place.
 
-    Inference tensors have no version; `p.data.copy_()` changes neither (`invalidate` is for it).
+    A pointer alone does not tell: memory that `p.data = w` frees is what the next weight gets.
+    The storage is referred to weakly, and its identity is not given away while we do. Inference
+    tensors have no version; `p.data.copy_()` changes nothing (`invalidate` is for it).
     """
-    return (None if weight.is_inference() else weight._version, weight.data_ptr())
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    version = None if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), StorageWeakRef(weight.untyped_storage())
+
+
+def has_stamp(weight: Tensor, was: tuple[int | None, int, Any]) -> bool:
+    """`stamp(weight) == was` in a fraction of the time: guards ask it at every call."""
+    version, pointer, storage = was
+    if version is not None and weight._version != version:
+        return False
+    return weight.data_ptr() == pointer and not storage.expired()
 
 
 def is_released(weight: Tensor) -> bool:
@@ -255,6 +273,7 @@ def _names() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "torch._dynamo.exc.exceptions_allowed_to_be_fallback", fallback_exceptions
     yield "torch._inductor.list_mode_options", lambda: mode_patches("reduce-overhead")
     yield "torch.ops.higher_order.invoke_subgraph", invoke_subgraph
+    yield "torch.multiprocessing.reductions.StorageWeakRef", lambda: stamp(torch.zeros(1))
     yield "torch._dynamo.resume_execution prefix", is_resumed_frame
     yield (
         "torch.fx.proxy._COPY_META_FIELDS with 'custom'",

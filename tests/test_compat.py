@@ -48,6 +48,36 @@ def test_a_stamp_changes_with_every_write_that_can_be_seen():
     assert compat.stamp(weight) == stamps[-1]  # the one that cannot
 
 
+def test_memory_that_is_used_again_does_not_look_like_the_old_weight():
+    """The allocator likes to give a replaced weight's memory to the new one."""
+    seen = 0
+    for size in (16, 192, 4096, 24_576) * 5:
+        weight = nn.Parameter(torch.ones(size))
+        was, pointer = compat.stamp(weight), weight.data_ptr()
+        assert compat.has_stamp(weight, was)
+        weight.data = weight.data.half()
+        weight.data = weight.data.float()
+        assert not compat.has_stamp(weight, was)
+        assert compat.stamp(weight) != was
+        seen += weight.data_ptr() == pointer
+    assert seen, "no pointer came back: this allocator needs another test"
+
+
+@pytest.mark.parametrize("change", ["add_", "data", "released"])
+def test_both_ways_to_compare_stamps_agree(change):
+    weight = nn.Parameter(torch.ones(64))
+    was = compat.stamp(weight)
+    assert compat.stamp(weight) == was and compat.has_stamp(weight, was)
+    if change == "add_":
+        with torch.no_grad():
+            weight.add_(1)
+    elif change == "data":
+        weight.data = torch.ones(64)
+    else:
+        weight.untyped_storage().resize_(0)
+    assert compat.stamp(weight) != was and not compat.has_stamp(weight, was)
+
+
 def test_an_inference_tensor_has_a_stamp():
     with torch.inference_mode():
         assert compat.stamp(torch.zeros(4))[0] is None

@@ -146,16 +146,17 @@ def multiply_bias_and_weight(model):
     model[2].bias.mul_(3)
 
 
-CHANGES = [
-    replace_parameter,
-    replace_module,
-    write_in_place,
-    set_data,
-    load,
-    load_assigning,
-    cast_there_and_back,
-    multiply_bias_and_weight,
-]
+CHANGES = {
+    replace_parameter: 1,
+    replace_module: 1,
+    write_in_place: 1,
+    set_data: 1,
+    load: 2,
+    load_assigning: 2,
+    cast_there_and_back: 2,
+    multiply_bias_and_weight: 1,
+}
+"""Change → how many of the two weights it changes."""
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -174,15 +175,9 @@ def test_an_unchanged_neighbour_is_not_packed_again(change):
     run = compiled(model)
     run(X)
     before = CACHE.packs
-    old = [model[0].weight, model[2].weight]
-    stamps = [(id(w), w._version, w.data_ptr()) for w in old]
     change(model)
     run(X)
-    new = [model[0].weight, model[2].weight]
-    changed = sum(
-        (id(w), w._version, w.data_ptr()) != was for w, was in zip(new, stamps, strict=True)
-    )
-    assert CACHE.packs - before == changed > 0
+    assert CACHE.packs - before == CHANGES[change]
 
 
 def test_a_write_through_data_is_seen_after_invalidate():
