@@ -8,7 +8,8 @@ with one sentence instead of somewhere inside a compilation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -214,12 +215,24 @@ def stamp(weight: Tensor) -> tuple[int | None, int, Any]:
     return version, weight.data_ptr(), StorageWeakRef(weight.untyped_storage())
 
 
-def has_stamp(weight: Tensor, was: tuple[int | None, int, Any]) -> bool:
-    """`stamp(weight) == was` in a fraction of the time: guards ask it at every call."""
-    version, pointer, storage = was
-    if version is not None and weight._version != version:
-        return False
-    return weight.data_ptr() == pointer and not storage.expired()
+def unchanged(weights: Iterable[Tensor]) -> Callable[[], bool]:
+    """A function: True while all these weights live and have the stamps they have now.
+
+    A guard asks it at every call, so it compares in a fraction of the time that `stamp` takes.
+    """
+    snapshot = [(weakref.ref(w), *stamp(w)) for w in weights]
+    expired: Any = torch.UntypedStorage._expired
+
+    def same() -> bool:
+        for ref, version, pointer, storage in snapshot:
+            weight = ref()
+            if weight is None or weight.data_ptr() != pointer or expired(storage.cdata):
+                return False
+            if version is not None and weight._version != version:
+                return False
+        return True
+
+    return same
 
 
 def is_released(weight: Tensor) -> bool:
@@ -273,7 +286,7 @@ def _names() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "torch._dynamo.exc.exceptions_allowed_to_be_fallback", fallback_exceptions
     yield "torch._inductor.list_mode_options", lambda: mode_patches("reduce-overhead")
     yield "torch.ops.higher_order.invoke_subgraph", invoke_subgraph
-    yield "torch.multiprocessing.reductions.StorageWeakRef", lambda: stamp(torch.zeros(1))
+    yield "torch.multiprocessing.reductions.StorageWeakRef", unchanged([torch.zeros(1)])
     yield "torch._dynamo.resume_execution prefix", is_resumed_frame
     yield (
         "torch.fx.proxy._COPY_META_FIELDS with 'custom'",

@@ -53,11 +53,11 @@ def test_memory_that_is_used_again_does_not_look_like_the_old_weight():
     seen = 0
     for size in (16, 192, 4096, 24_576) * 5:
         weight = nn.Parameter(torch.ones(size))
-        was, pointer = compat.stamp(weight), weight.data_ptr()
-        assert compat.has_stamp(weight, was)
+        was, pointer, same = compat.stamp(weight), weight.data_ptr(), compat.unchanged([weight])
+        assert same()
         weight.data = weight.data.half()
         weight.data = weight.data.float()
-        assert not compat.has_stamp(weight, was)
+        assert not same()
         assert compat.stamp(weight) != was
         seen += weight.data_ptr() == pointer
     assert seen, "no pointer came back: this allocator needs another test"
@@ -66,8 +66,8 @@ def test_memory_that_is_used_again_does_not_look_like_the_old_weight():
 @pytest.mark.parametrize("change", ["add_", "data", "released"])
 def test_both_ways_to_compare_stamps_agree(change):
     weight = nn.Parameter(torch.ones(64))
-    was = compat.stamp(weight)
-    assert compat.stamp(weight) == was and compat.has_stamp(weight, was)
+    was, same = compat.stamp(weight), compat.unchanged([weight])
+    assert compat.stamp(weight) == was and same()
     if change == "add_":
         with torch.no_grad():
             weight.add_(1)
@@ -75,7 +75,14 @@ def test_both_ways_to_compare_stamps_agree(change):
         weight.data = torch.ones(64)
     else:
         weight.untyped_storage().resize_(0)
-    assert compat.stamp(weight) != was and not compat.has_stamp(weight, was)
+    assert compat.stamp(weight) != was and not same()
+
+
+def test_a_weight_that_is_gone_is_not_unchanged():
+    weight = nn.Parameter(torch.ones(64))
+    same = compat.unchanged([weight])
+    del weight
+    assert not same()
 
 
 def test_an_inference_tensor_has_a_stamp():

@@ -29,7 +29,7 @@ def demo(
 
     Scores every output feature, plans, quantizes, compiles, and compares with the float model
     compiled by the same Inductor: size, perplexity, KL, speed, and a paragraph written by each.
-    Takes about three minutes on two CPU cores.
+    Takes a few minutes on two CPU cores.
 
     Examples:
         mixllm demo

@@ -26,6 +26,7 @@ from ..errors import OptionError
 from ..evaluation.measure import Quality, compare
 from ..evaluation.speed import Speed, measure_speed
 from ..evaluation.text import begin_token, read_windows
+from ..modules import PackedLinear
 from ..runtime import records
 from ..salience.scores import Scores
 from . import HELDOUT, load
@@ -43,8 +44,9 @@ FLOAT, UNIFORM, MIXED = "float", "uniform 4 bits", "mixed"
 STORED_BITS = 16  # of the checkpoint: bf16
 WINDOW = 512
 SEQUENCES = 8
-PROMPT_TOKENS, NEW_TOKENS = 48, 80
-REPEATS = 2
+WINDOWS = 16
+PROMPT_TOKENS, NEW_TOKENS = 48, 64
+REPEATS = 1  # after two calls of each model to warm up
 DOCUMENT = 3  # of the held-out text, whose beginning the models continue
 
 
@@ -129,7 +131,8 @@ def run(
     settings = {**more, "lower": lower, "dump": ir, "quiet": True}
     api.compile(compiled, plan=plan, dynamic=False, **settings)
     with records.collect() as graphs:
-        quality, tokens = _quality(model, compiled, uniform, tokenizer, timed, quick)
+        plain = api.quantize(copy.deepcopy(model), uniform)
+        quality, tokens = _quality(model, compiled, plain, tokenizer, timed, quick)
         prompt = _prompt(tokenizer)
         new_tokens = 8 if quick else NEW_TOKENS
         if not quick:
@@ -140,7 +143,8 @@ def run(
             for at, (name, one) in enumerate({FLOAT: model, MIXED: compiled}.items()):
                 texts[name] = _write(one, tokenizer, prompt, new_tokens)
                 tell(at + 1, 2)
-    lines = _lines(scores, plan, uniform, graphs, quality, speed, model)
+    resident = {UNIFORM: _packed_bits(plain), MIXED: _resident(graphs)}
+    lines = _lines(scores, {UNIFORM: uniform, MIXED: plan}, resident, quality, speed, model)
     asked = str(tokenizer.decode(prompt[0], skip_special_tokens=True))
     found = Demonstration(lines, plan, graphs, tokens, asked, texts, timed.seconds, folder)
     _write_files(found, ir)
@@ -184,15 +188,14 @@ def _score(model: PreTrainedModel, timed: _Timed, quick: bool, more: dict[str, A
 def _quality(
     model: PreTrainedModel,
     compiled: PreTrainedModel,
-    uniform: Plan,
+    plain: PreTrainedModel,
     tokenizer: Any,
     timed: _Timed,
     quick: bool,
 ) -> tuple[dict[str, Quality], int]:
-    count, length = (1, 64) if quick else (None, WINDOW)
+    count, length = (1, 64) if quick else (WINDOWS, WINDOW)
     windows = read_windows(HELDOUT, tokenizer, count=count, length=length)
     with timed("compiling, and reading held-out text") as tell:
-        plain = api.quantize(copy.deepcopy(model), uniform)
         candidates = {UNIFORM: plain, MIXED: compiled}
         return compare(model, candidates, windows, progress=tell), windows.tokens
 
@@ -241,9 +244,8 @@ def _write(model: Any, tokenizer: Any, prompt: Tensor, new_tokens: int) -> str:
 
 def _lines(
     scores: Scores,
-    plan: Plan,
-    uniform: Plan,
-    graphs: list[GraphRecord],
+    plans: dict[str, Plan],
+    resident: dict[str, float],
     quality: dict[str, Quality],
     speed: dict[str, Speed],
     model: PreTrainedModel,
@@ -261,13 +263,13 @@ def _lines(
         speed=speed[FLOAT],
     )
     lines = [line]
-    for name, made in ((UNIFORM, uniform), (MIXED, plan)):
+    for name, made in plans.items():
         measured = quality[name]
         lines.append(
             Line(
                 name,
                 made.true_bits,
-                _resident(graphs) if name == MIXED else None,
+                resident[name],
                 rest + made.true_bytes,
                 measured.perplexity,
                 measured.mean_kl.value,
@@ -279,8 +281,15 @@ def _lines(
     return lines
 
 
+def _packed_bits(model: PreTrainedModel) -> float:
+    """Bits per weight of the blobs of a model's quantized modules."""
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    bits = 8 * sum(m.packed.numel() for m in packed)
+    return bits / sum(m.in_features * m.out_features for m in packed)
+
+
 def _resident(graphs: Sequence[GraphRecord]) -> float:
-    """Bits per weight of the packed blobs."""
+    """Bits per weight of the blobs that compiled graphs read."""
     lines = {line.name: line for graph in graphs for line in graph.quantized}.values()
     bits = sum((line.resident_bits or 0.0) * line.n * line.k for line in lines)
     return bits / sum(line.n * line.k for line in lines)

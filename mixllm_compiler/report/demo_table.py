@@ -27,6 +27,7 @@ COLUMNS = (
     "decode\ntokens/s",
 )
 FEW_TOKENS = 2000
+SLOWER = "SLOWER THAN FLOAT"
 
 
 def demo_report(found: Demonstration) -> list[RenderableType]:
@@ -34,7 +35,7 @@ def demo_report(found: Demonstration) -> list[RenderableType]:
     return [
         "",
         comparison(found.lines),
-        *(Text(line) for line in remarks(found)),
+        *(Text(line, style=_style(line)) for line in remarks(found)),
         "",
         paragraphs(found),
         "",
@@ -82,6 +83,10 @@ def remarks(found: Demonstration) -> list[str]:
     return said
 
 
+def _style(remark: str) -> str:
+    return "bold yellow" if remark.startswith(SLOWER) else ""
+
+
 def slower(float_line: Line, mixed: Line, kernels: set[str]) -> list[str]:
     """In words, where the quantized model is slower than float and why."""
     if float_line.speed is None or mixed.speed is None:
@@ -99,7 +104,7 @@ def slower(float_line: Line, mixed: Line, kernels: set[str]) -> list[str]:
             " Here the mixed linears run the reference implementation, which defines the results "
             "and unpacks its weights at every call; native CPU kernels do not exist yet."
         )
-    return [f"SLOWER THAN FLOAT on this machine: {' and '.join(bad)}.{why}"]
+    return [f"{SLOWER} on this machine: {' and '.join(bad)}.{why}"]
 
 
 def paragraphs(found: Demonstration) -> Table:

@@ -235,15 +235,13 @@ def invalidate(weights: Iterable[Tensor]) -> int:
 
 def freshness_check(weights: Iterable[Tensor]) -> Callable[[object], bool]:
     """A guard: True while none of these weights was changed in place."""
-    snapshot = [(weakref.ref(w), compat.stamp(w), _EPOCHS.get(id(w), 0)) for w in weights]
+    weights = list(weights)
+    same = compat.unchanged(weights)
+    epochs = [(id(w), _EPOCHS.get(id(w), 0)) for w in weights]
 
     def fresh(_: object) -> bool:
-        for ref, was, epoch in snapshot:
-            weight = ref()
-            if weight is None or not compat.has_stamp(weight, was):
-                return False
-            if _EPOCHS.get(id(weight), 0) != epoch:
-                return False
-        return True
+        if not same():
+            return False
+        return not _EPOCHS or all(_EPOCHS.get(key, 0) == epoch for key, epoch in epochs)
 
     return fresh

@@ -282,7 +282,7 @@ def test_an_unknown_option_names_the_nearest_one(scores):
 def test_a_quantized_model_is_not_quantized_again(scores):
     plan = mixllm_compiler.plan(scores, bits=4.6)
     model = mixllm_compiler.quantize(build("llama"), plan)
-    with pytest.raises(PlanMismatch):
+    with pytest.raises(UnsupportedModel, match="14 linears of this model are quantized already"):
         mixllm_compiler.quantize(model, plan)
 
 

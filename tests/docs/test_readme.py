@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mixllm_compiler.cli.app import app
+from mixllm_compiler.report.results_table import filled
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -93,3 +94,8 @@ def test_commands_exist(page):
     verbs = {command.name for command in app.registered_commands}
     named = re.findall(r"`mixllm ([a-z]+)\b", page.read_text("utf-8"))
     assert set(named) <= verbs
+
+
+def test_the_tables_are_those_of_the_result_files():
+    command = "python -m mixllm_compiler.report.results_table README.md"
+    assert filled(README, ROOT) == README, f"run `{command}`"
