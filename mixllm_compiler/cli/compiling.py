@@ -213,7 +213,7 @@ def generate(
     compile_model(loaded, tokenizer, bits, plan, data, settings)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with records.collect() as graphs, models.waiting("compiling"):
-        models.write(loaded, ids, min(tokens, 2))  # compiles prefill and decode
+        models.write(loaded, ids, tokens, stop_after=3)  # compiles prefill and decode
     torch.manual_seed(seed)
     started = time.perf_counter()
     found = models.write(loaded, ids, tokens, **sampling)

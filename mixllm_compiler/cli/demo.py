@@ -36,7 +36,7 @@ def demo(
         mixllm demo --bits 5 --widths 3,4,5,6,8 --out demo5
     """
     from ..demo.run import run
-    from ..report.demo_table import demo_data, demo_report
+    from ..demo.table import demo_data, demo_report
     from . import models
 
     models.be_quiet()

@@ -125,19 +125,37 @@ def prompt_ids(model: PreTrainedModel, tokens: Any, prompt: str | None) -> Tenso
     return ids.to(model.device)
 
 
-def write(model: PreTrainedModel, ids: Tensor, count: int, **sampling: Any) -> Tensor:
+def write(
+    model: PreTrainedModel, ids: Tensor, count: int, stop_after: int | None = None, **sampling: Any
+) -> Tensor:
     """`generate` with a cache of fixed size, so that every step runs one compiled graph.
+
+    Args:
+        count: new tokens; the size of the cache, and so the graphs, depend on it.
+        stop_after: stop earlier, with the graphs of `count`: that compiles them.
 
     Returns:
         The ids [1, T + count] or fewer, prompt included.
     """
     import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class StopAt(StoppingCriteria):
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            done = input_ids.shape[1] >= self.length
+            return torch.full((len(input_ids),), done, device=input_ids.device)
 
     settings: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, **sampling}
     if getattr(model, "_can_compile_fullgraph", False):
         settings["cache_implementation"] = "static"
     if model.generation_config.pad_token_id is None:
         settings["pad_token_id"] = model.generation_config.eos_token_id or 0
+    if stop_after is not None:
+        stop = StopAt(ids.shape[1] + stop_after)
+        settings["stopping_criteria"] = StoppingCriteriaList([stop])
     generate: Any = model.generate
     with torch.no_grad():
         found: Tensor = generate(ids, attention_mask=torch.ones_like(ids), **settings)

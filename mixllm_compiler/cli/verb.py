@@ -114,7 +114,9 @@ def _guarded(function: Verb, debug: bool, arguments: Mapping[str, Any]) -> Outpu
         console = stderr()
         if debug:
             console.print(Text(traceback.format_exc()))
-        console.print(Text.assemble(("mixllm: ", "bold red"), message(error)))
+        # Soft: the terminal wraps, and a log keeps the line whole.
+        told = Text.assemble(("mixllm: ", "bold red"), message(error))
+        console.print(told, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

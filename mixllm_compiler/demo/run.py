@@ -1,7 +1,7 @@
 """The demonstration: the shipped model from float to quantized, measured against itself.
 
 Score → plan → quantize and compile → compare on text that nothing was calibrated on. Both the
-float and the quantized model are compiled by Inductor; `report.demo_table` shows what comes out.
+float and the quantized model are compiled by Inductor; `demo.table` shows what comes out.
 """
 
 from __future__ import annotations

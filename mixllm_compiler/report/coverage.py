@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ class Coverage:
     Attributes:
         model: name of its class.
         matrices: linears of the captured graph, in order.
+        sizes: name of a matrix → bytes it takes now (fused experts are many matrices).
         unseen: linear modules that the captured graph does not contain.
         total_bytes: of all parameters and persistent tensors, each once.
         breaks: why the model was captured in pieces, where it was.
@@ -32,6 +33,7 @@ class Coverage:
 
     model: str
     matrices: tuple[LinearRecord, ...]
+    sizes: Mapping[str, int]
     unseen: tuple[str, ...]
     total_bytes: int
     breaks: tuple[str, ...] = ()
@@ -52,6 +54,7 @@ class Coverage:
         return cls(
             type(model).__name__,
             tuple(matrices.values()),
+            _sizes(model, matrices.values()),
             unseen,
             sum(t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values())
             - _tied_bytes(model),
@@ -95,6 +98,16 @@ class Coverage:
         }
 
 
+def _sizes(model: nn.Module, matrices: Iterable[LinearRecord]) -> dict[str, int]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    sizes = {}
+    for line in matrices:
+        weight = named.get(line.name, named.get(f"{line.name}.weight"))
+        alone = line.n * line.k * line.float_bits // 8
+        sizes[line.name] = alone if weight is None else weight.numel() * weight.element_size()
+    return sizes
+
+
 def _tied_bytes(model: nn.Module) -> int:
     """Bytes that a state dict lists more than once."""
     seen: set[int] = set()
@@ -116,7 +129,7 @@ def coverage_table(found: Coverage, bits: float, each: bool = False) -> list[Ren
         name = line.name if each else same_place(line.name)
         groups.setdefault((name, line.n, line.k, line.kept_float), []).append(line)
     for (name, n, k, reason), lines in groups.items():
-        size = sum(line.n * line.k * line.float_bits / 8 for line in lines) / 1e6
+        size = sum(found.sizes[line.name] for line in lines) / 1e6
         becomes = Text(f"float: {reason}", style="yellow") if reason else Text("quantized")
         table.add_row(
             name.removeprefix(prefix), str(len(lines)), f"{n}×{k}", f"{size:.2f}", becomes

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import MixLLMError
 
@@ -127,9 +128,9 @@ def _matplotlib() -> Check:
 
 
 def _demo_model() -> Check:
-    from ..demo import MODEL_DIR
+    folder = Path(__file__).parents[1] / "demo" / "model"
 
-    weights = MODEL_DIR / "model.safetensors"
+    weights = folder / "model.safetensors"
     if weights.is_file():
         return Check("shipped model", "ok", f"{weights.stat().st_size / 1e6:.1f} MB")
     return Check("shipped model", "none", "not installed: `mixllm demo` does not work")

@@ -75,7 +75,7 @@ def _rows(lines: Iterable[LinearRecord]) -> str:
     for line in lines:
         for bits, count in line.rows.items():
             rows[bits] = rows.get(bits, 0) + count
-    return "  ".join(f"w{bits}:{count}" for bits, count in sorted(rows.items()))
+    return " ".join(f"w{bits}:{count}" for bits, count in sorted(rows.items()))
 
 
 def _time(line: LinearRecord) -> str:

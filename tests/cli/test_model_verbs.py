@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers import causal_lm
+
 FEW = ("--sequences", 2, "--length", 32)
 LINEARS = 2 * 7  # two layers of q, k, v, o, gate, up, down
 
@@ -129,3 +131,12 @@ def test_a_folder_without_a_model_is_named(mixllm, tmp_path):
     result = mixllm("inspect", tmp_path)
     assert result.exit_code == 1
     assert "config.json" in result.stderr
+
+
+def test_inspect_counts_the_bytes_of_all_experts(mixllm, tmp_path):
+    causal_lm("mixtral").save_pretrained(tmp_path / "moe")
+    shown = mixllm("inspect", tmp_path / "moe").stdout
+    (line,) = [line for line in shown.splitlines() if "gate_up_proj" in line]
+    experts, layers = 8, 2
+    assert f"{layers * experts * 512 * 128 * 4 / 1e6:.2f}" in line
+    assert "fused expert weights" in line

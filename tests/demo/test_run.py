@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from mixllm_compiler.cli.app import app
 from mixllm_compiler.demo.run import FLOAT, MIXED, UNIFORM, Line
+from mixllm_compiler.demo.table import comparison, slower
 from mixllm_compiler.evaluation.speed import Speed
-from mixllm_compiler.report.demo_table import comparison, slower
 
 FAST = Speed(1000.0, 100.0, 1.0, (), ())
 SLOW = Speed(500.0, 20.0, 1.0, (), ())

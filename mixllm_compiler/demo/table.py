@@ -10,11 +10,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .bits_map import BitsMap
-from .terminal import bits_table, plain_table
+from ..report.bits_map import BitsMap
+from ..report.terminal import bits_table, plain_table
 
 if TYPE_CHECKING:
-    from ..demo.run import Demonstration, Line
+    from .run import Demonstration, Line
 
 COLUMNS = (
     "true\nbits",
