@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixllm_compiler.capture import capture
+from mixllm_compiler.errors import MixLLMError
 from mixllm_compiler.ir.graph import MixGraph
 from mixllm_compiler.options import Options
 from mixllm_compiler.passes.context import Context
@@ -262,3 +263,31 @@ def assert_quantized(got: Tensor, exact: Tensor, expected: Tensor) -> None:
     assert (got - exact).norm() > 0.5 * effect, "the float model ran"
     off = float((got - expected).norm() / effect)
     assert off < 0.05, f"{off:.1%} of the quantization error away from the oracle"
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def refused(model: Any, x: Any, **options: Any) -> MixLLMError:
+    """The error of a call through the backend, after which the float model is as it was."""
+    before = bytes_of(model)
+    error = refusal(compiled(model, **options), x)
+    assert isinstance(error, MixLLMError), error
+    assert bytes_of(model) == before
+    return error
+
+
+def bytes_of(model: nn.Module) -> dict[str, bytes]:
+    state = model.state_dict().items()
+    return {
+        name: value.flatten().view(torch.uint8).numpy().tobytes()
+        for name, value in state
+        if value.device.type != "meta"
+    }
+
+
+def assert_still_works(model: Any, x: Any) -> None:
+    """In float by itself, and quantized as soon as the mistake is mended."""
+    assert model(x).isfinite().all()
+    torch._dynamo.reset()
+    assert_quantized(compiled(model)(x), model(x), oracle(model)(x))

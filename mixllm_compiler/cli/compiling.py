@@ -211,7 +211,9 @@ def generate(
     settings |= {"preset": preset, "lower": lower}
     settings |= arg.scoring_options(sequences=sequences, length=length, seed=seed)
     compile_model(loaded, tokenizer, bits, plan, data, settings)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature}
     with records.collect() as graphs, models.waiting("compiling"):
         models.write(loaded, ids, tokens, stop_after=3)  # compiles prefill and decode
     torch.manual_seed(seed)

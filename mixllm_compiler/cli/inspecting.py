@@ -35,7 +35,8 @@ def inspect(
     """What of a model would be quantized, what stays float, and why; in seconds.
 
     Linears are found in the captured graph, by what they compute, not by the model's name. A
-    linear module that the graph does not contain is listed, too.
+    linear module that the graph does not contain is listed, too. The exit code is 1 if nothing
+    would be quantized.
 
     Examples:
         mixllm inspect demo
@@ -49,7 +50,7 @@ def inspect(
     options = arg.planning_options(group=group, lm_head=lm_head, exclude=exclude)
     found = _coverage(loaded, tokenizer, options)
     budget = DEFAULT_BITS if bits is None else bits
-    return Output(found.data(budget), coverage_table(found, budget, each))
+    return Output(found.data(budget), coverage_table(found, budget, each), not found.quantized)
 
 
 def _coverage(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> Coverage:

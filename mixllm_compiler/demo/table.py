@@ -131,7 +131,7 @@ def endings(found: Demonstration) -> list[str]:
 def _about(name: str) -> str:
     return {
         "bits.svg": "the plot of bits per layer",
-        "plan.safetensors": "the plan, for `mixllm explain demo --plan`",
+        "plan.safetensors": "the plan, for `mixllm explain demo --dtype float32 --plan …`",
         "ir": "the graph after every pass, with differences; begin with graph0/summary.txt",
     }.get(name, "")
 

@@ -89,7 +89,7 @@ def _devices() -> Iterator[Check]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = torch.backends.cpu.get_cpu_capability()
-    yield Check("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {isa}")
+    yield Check("CPU", "ok", f"{cores} cores, torch uses {torch.get_num_threads()}, {isa}")
     if not torch.cuda.is_available():
         yield Check("CUDA", "none", "no CUDA device; models run on the CPU")
     for index in range(torch.cuda.device_count()):

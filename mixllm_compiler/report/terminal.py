@@ -26,33 +26,48 @@ _BARS = "▁▂▃▄▅▆▇█"
 def plain_table(*columns: str, numbers: Sequence[str] = (), title: str = "") -> Table:
     """A table without lines but one under its head; the columns in `numbers` are on the right."""
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
-    for column in columns:
+    for at, column in enumerate(columns):
         right = column in numbers
-        table.add_column(column, justify="right" if right else "left", no_wrap=right)
+        # Names and numbers stay whole: on a narrow terminal, prose gives way.
+        table.add_column(column, justify="right" if right else "left", no_wrap=right or at == 0)
     return table
 
 
 def graph_tables(graph: GraphRecord) -> list[RenderableType]:
     """What became of every linear of a compiled graph, alike ones of all layers in one line."""
-    numbers = ("count", "shape", "true bits", "resident")
+    numbers = ("count", "shape", "bits", "resident")
     prefix = common_prefix(line.name for line in graph.linears)
-    table = plain_table(linears_of(prefix), *numbers, "rows", "kernel", numbers=numbers)
+    table = plain_table(linears_of(prefix), *numbers, "rows per width", numbers=numbers)
     timed = any(line.seconds is not None for line in graph.linears)
     if timed:
         table.add_column("at best, each", justify="right")
-    for (name, n, k, kernel, reason), lines in _alike(graph.linears).items():
-        head = (name.removeprefix(prefix), str(len(lines)), f"{n}×{k}")
+    below = []
+    for (name, n, k, _, reason), lines in _alike(graph.linears).items():
         if reason:
-            table.add_row(*head, "float", "", Text(reason), "", style="dim")
+            below.append(f"float: {len(lines)}× {name} [{n}×{k}], {reason}")
             continue
-        rows = _rows(lines)
         true = _mean(lines, [line.true_bits for line in lines])
         resident = _mean(lines, [line.resident_bits for line in lines])
-        table.add_row(*head, true, resident, rows, kernel, *([_time(lines[0])] if timed else []))
-    found: list[RenderableType] = [Text(graph.headline(), style="bold")]
-    if graph.note:
-        found.append(Text(graph.note, style="yellow"))
-    return [*found, table]
+        cells = (name.removeprefix(prefix), str(len(lines)), f"{n}×{k}", true, resident)
+        table.add_row(*cells, _rows(lines), *([_time(lines[0])] if timed else []))
+    return [
+        Text(graph.headline(), style="bold"),
+        *([Text(graph.note, style="yellow")] if graph.note else []),
+        table,
+        *(Text(line) for line in _kernels(graph)),
+        *(Text(line, style="yellow") for line in below),
+    ]
+
+
+def _kernels(graph: GraphRecord) -> list[str]:
+    """Which kernels run the quantized linears; by name only where they differ."""
+    kernels: dict[str, list[str]] = {}
+    for line in graph.quantized:
+        if line.kernel:
+            kernels.setdefault(line.kernel, []).append(same_place(line.name))
+    if len(kernels) == 1:
+        return [f"kernel of all: {next(iter(kernels))}"]
+    return [f"kernel {name}: {', '.join(dict.fromkeys(of))}" for name, of in kernels.items()]
 
 
 def linears_of(prefix: str) -> str:
@@ -125,7 +140,6 @@ def _bar(bits: float | None) -> tuple[str, str]:
 def passes_table(passes: Sequence[PassDescription]) -> Table:
     """Every pass with its place, what it needs and what it does."""
     table = plain_table("pass", "stage", "what it does")
-    table.columns[0].no_wrap = True
     for step in passes:
         needs, ensures = (", ".join(facts) or "nothing" for facts in (step.requires, step.ensures))
         dim = f"\nneeds {needs}, ensures {ensures}"
