@@ -109,5 +109,5 @@ def explain(
     ids = models.prompt_ids(loaded, tokenizer, None)
     graphs = api.explain(loaded, ids, use_cache=False).graphs
     show: list[Any] = [part for graph in graphs for part in graph_tables(graph)]
-    show.append(bits_table(BitsMap.of_graphs(graphs)))
+    show += ["", bits_table(BitsMap.of_graphs(graphs))]
     return Output({"graphs": [graph_data(g) for g in graphs]}, show)

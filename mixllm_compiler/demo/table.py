@@ -76,6 +76,9 @@ def remarks(found: Demonstration) -> list[str]:
         f"The checkpoint is stored in bf16 and runs in float32; {float_line.stored / 1e6:.1f} MB "
         f"become {mixed.stored / 1e6:.1f} MB. Embeddings and the output head stay float.",
     ]
+    predicted = found.plan.predicted_loss
+    if predicted is not None and mixed.kl is not None:
+        said.append(f"The plan predicted a KL of {predicted:.3g}, measured is {mixed.kl:.3g}.")
     kernels = {line.kernel for graph in found.graphs for line in graph.quantized}
     said += slower(float_line, mixed, kernels)
     if found.tokens < FEW_TOKENS:
