@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -49,6 +50,10 @@ def demo(
 @contextmanager
 def _stages() -> Iterator[Callable[[str], AbstractContextManager[Tell]]]:
     """One line a stage on standard error: its name, a bar, its time; finished ones stay."""
+    console = stderr()
+    if not console.is_terminal:
+        yield _line_a_stage  # a log shows a bar only when all is over
+        return
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
 
@@ -58,7 +63,7 @@ def _stages() -> Iterator[Callable[[str], AbstractContextManager[Tell]]]:
         BarColumn(bar_width=24),
         Elapsed(),
     )
-    with Progress(*columns, console=stderr()) as bar:
+    with Progress(*columns, console=console) as bar:
 
         @contextmanager
         def stage(label: str) -> Iterator[Tell]:
@@ -71,3 +76,11 @@ def _stages() -> Iterator[Callable[[str], AbstractContextManager[Tell]]]:
             bar.update(task, completed=1, total=1)
 
         yield stage
+
+
+@contextmanager
+def _line_a_stage(label: str) -> Iterator[Tell]:
+    started = time.perf_counter()
+    typer.echo(f"{label} …", err=True)
+    yield lambda done, of: None
+    typer.echo(f"✓ {label}, {time.perf_counter() - started:.0f} s", err=True)

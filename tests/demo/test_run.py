@@ -24,6 +24,7 @@ def test_the_quick_demonstration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["demo", "--quick", "--json", "--bits", "4.5"])
     assert result.exit_code == 0, result.output
+    assert "✓ scoring every output feature" in result.stderr
     found = json.loads(result.stdout)
     lines = {line["name"]: line for line in found["models"]}
     assert list(lines) == [FLOAT, UNIFORM, MIXED]
