@@ -32,6 +32,8 @@ class Scores:
         tokens, sequences: how much text the scores come from.
         settings: whatever else decided the numbers, as text (data, seed, rotation, …).
         group: group size along K of all formats.
+        siblings: matrix name → name of the group of matrices that read the same activation value
+            (q, k and v; gate and up); a matrix that reads one alone may be missing.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Scores:
     sequences: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
     group: int = DEFAULT_GROUP
+    siblings: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
@@ -59,6 +62,20 @@ class Scores:
             if known.get(name) != (n, k):
                 raise ValueError(f"{name} is [{n}, {k}], its fingerprint says {known.get(name)}")
             self._check(name, n)
+        self._check_siblings()
+
+    def _check_siblings(self) -> None:
+        """One activation value has one length, so siblings share K."""
+        first: dict[str, str] = {}
+        for name, group in self.siblings.items():
+            if name not in self.shapes:
+                raise ValueError(f"{name} has siblings but no scores")
+            other = first.setdefault(group, name)
+            if self.shapes[name][1] != self.shapes[other][1]:
+                raise ValueError(
+                    f"{other} {list(self.shapes[other])} and {name} {list(self.shapes[name])} "
+                    f"cannot read the same activation: they are siblings ({group}) of different K"
+                )
 
     def _check(self, name: str, n: int) -> None:
         loss, expected = self.loss[name], (n, len(self.formats))
@@ -100,6 +117,7 @@ class Scores:
             "tokens": self.tokens,
             "sequences": self.sequences,
             "settings": dict(self.settings),
+            "siblings": dict(self.siblings),
         }
         save_tensors(path, "scores", VERSION, self.loss, document)
 
@@ -127,6 +145,7 @@ class Scores:
             sequences=document["sequences"],
             settings=document["settings"],
             group=formats[0].group,
+            siblings=document.get("siblings", {}),  # older files have none
         )
 
     def totals(self) -> dict[str, Tensor]:

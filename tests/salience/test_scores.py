@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mixllm_compiler.errors import OptionError, WeightError
+from mixllm_compiler.formats.files import save_tensors
 from mixllm_compiler.formats.fingerprint import fingerprint
 from mixllm_compiler.formats.row_format import RowFormat
-from mixllm_compiler.salience.scores import Scores
+from mixllm_compiler.salience.scores import VERSION, Scores
 
 Q, UP = "model.layers.0.q_proj.weight", "model.layers.1.q_proj.weight"
 FORMATS = (RowFormat(3), RowFormat(4), RowFormat(8))
@@ -43,15 +44,44 @@ def setting(name, at, value):
 
 
 def test_save_and_load(tmp_path):
-    scores = make(setting(UP, (2, 0), float("inf")))
+    scores = make(setting(UP, (2, 0), float("inf")), siblings={Q: "qk", UP: "qk"})
     scores.save(tmp_path / "scores")
     again = Scores.load(tmp_path / "scores")
-    for field in ("kind", "formats", "shapes", "tokens", "sequences", "settings", "group"):
+    for field in (
+        "kind",
+        "formats",
+        "shapes",
+        "tokens",
+        "sequences",
+        "settings",
+        "group",
+        "siblings",
+    ):
         assert getattr(again, field) == getattr(scores, field), field
     assert again.fingerprint == scores.fingerprint
     assert list(again.loss) == [Q, UP]
     assert all(torch.equal(again.loss[name], scores.loss[name]) for name in scores.loss)
     assert again.diff(scores) == ""
+
+
+def test_a_file_from_before_siblings_has_none(tmp_path):
+    scores = make()
+    save_tensors(
+        tmp_path / "old",
+        "scores",
+        VERSION,
+        scores.loss,
+        {
+            "kind": scores.kind,
+            "formats": [str(f) for f in scores.formats],
+            "shapes": {name: list(shape) for name, shape in scores.shapes.items()},
+            "fingerprint": scores.fingerprint.to_json(),
+            "tokens": scores.tokens,
+            "sequences": scores.sequences,
+            "settings": dict(scores.settings),
+        },
+    )
+    assert Scores.load(tmp_path / "old").siblings == {}
 
 
 def test_an_interrupted_save_leaves_no_file(tmp_path, monkeypatch):
@@ -90,12 +120,22 @@ def test_infinity_forbids_a_format_but_never_all():
         ({"group": 64}, "share one family and the group 64"),
         ({"formats": FORMATS[:2]}, r"are torch.float32 \[4, 3\], not float32 \[4, 2\]"),
         ({"shapes": {Q: (4, 128)}}, f"name other matrices: {UP}"),
+        ({"siblings": {"q": "qkv"}}, "q has siblings but no scores"),
         ({"shapes": {Q: (4, 64), UP: (4, 128)}}, r"is \[4, 64\], its fingerprint says \(4, 128\)"),
     ],
 )
 def test_what_does_not_fit_together(fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+def test_siblings_share_their_input():
+    weights = {Q: torch.zeros(4, 128), UP: torch.zeros(4, 64)}
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    with pytest.raises(
+        ValueError, match=rf"{Q} \[4, 128\] and {UP} \[4, 64\] cannot read the same"
+    ):
+        make(fingerprint=fingerprint(weights), shapes=shapes, siblings=dict.fromkeys(weights, "x"))
 
 
 def test_widths_and_family():
