@@ -177,13 +177,13 @@ class MixGraph:
 
     def written_between(self, value: fx.Node, first: fx.Node, second: fx.Node) -> bool:
         """Whether something may write into `value` (or a view of it) between two of its readers."""
-        aliases, between = _aliases(value), False
+        same, between = aliases(value), False
         for node in self.graph.nodes:
             if node is first:
                 between = True
             elif node is second:
                 return False
-            elif between and aliases & set(mutated_inputs(node)):
+            elif between and same & set(mutated_inputs(node)):
                 return True
         return False
 
@@ -335,7 +335,7 @@ _VIEWS = {
 }
 
 
-def _aliases(value: fx.Node) -> set[fx.Node]:
+def aliases(value: fx.Node) -> set[fx.Node]:
     """The value, the tensors it is a view of, and views of all of them."""
     base = value
     while _is_view(base) and isinstance(base.args[0], fx.Node):
@@ -365,6 +365,7 @@ __all__ = [
     "LinearSite",
     "Matrix",
     "MixGraph",
+    "aliases",
     "annotate",
     "is_transpose",
     "is_weight_view",
