@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import OptionError, nearest
 from .neutral import QuantizedWeight
-from .row_format import padded
+from .row_format import groups_of, padded
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        return self.padded_k // self.group
+        return groups_of(self.k, self.group)
 
     @classmethod
     def of(cls, weight: QuantizedWeight, packing: str) -> Layout:
@@ -116,7 +116,12 @@ def packing(name: str) -> Packing:
 
 
 def pack(weight: QuantizedWeight, name: str) -> PackedWeight:
-    """Lay a matrix out for the kernels that read packing `name`."""
+    """Lay a matrix out for the kernels that read packing `name`.
+
+    Raises:
+        WeightError: it holds codes or scales that no quantizer writes.
+    """
+    weight.check()
     return PackedWeight(packing(name).pack(weight), Layout.of(weight, name))
 
 

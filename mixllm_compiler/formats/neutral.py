@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import WeightError
 from .bitpack import pack_bits, unpack_bits
-from .row_format import DEFAULT_GROUP, RowFormat, groups_of, width_bytes
+from .row_format import DEFAULT_GROUP, RowFormat, groups_of, spread, width_bytes
 
 
 @dataclass(frozen=True)
@@ -19,28 +20,58 @@ class RowCodes:
     Attributes:
         format: their common format.
         codes: [n, K]; int8 in [−127, 127] for symmetric rows, else uint8 in [0, 2^bits − 1].
-        scales: fp16 [n, G], all finite and positive.
-        zeros: uint8 [n, G] zero points, None for symmetric rows.
+        scales: finite and positive; fp16 [n, G], or fp32 [n] where rows have one scale.
+        zeros: uint8 [n, G] zero points of asymmetric rows, else None.
+        steps, offsets: uint8 [n, G] t and c of two-level rows, else None.
     """
 
     format: RowFormat
     codes: Tensor
     scales: Tensor
-    zeros: Tensor | None
+    zeros: Tensor | None = None
+    steps: Tensor | None = None
+    offsets: Tensor | None = None
 
     def integers(self) -> Tensor:
-        """q − z as int16 [n, K]."""
-        q = self.codes.to(torch.int16)
-        if self.zeros is None:
-            return q
-        z = self.zeros.to(torch.int16).repeat_interleave(self.format.group, 1)
-        return q - z[:, : q.shape[1]]
+        """What the scale multiplies, int16 [n, K]: q − z, t·q + c − 128, or q."""
+        q, k, group = self.codes.to(torch.int16), self.codes.shape[1], self.format.group
+        if self.steps is not None and self.offsets is not None:
+            steps = spread(self.steps.to(torch.int16), k, group)
+            return steps * q + (spread(self.offsets.to(torch.int16), k, group) - 128)
+        if self.zeros is not None:
+            return q - spread(self.zeros.to(torch.int16), k, group)
+        return q
 
     def dequantize(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Ŵ [n, K]: s·(q − z), exact in float64."""
-        s = self.scales.to(dtype).repeat_interleave(self.format.group, 1)
-        q = self.integers().to(dtype)
-        return q * s[:, : q.shape[1]]
+        """Ŵ [n, K]: the integers times their scales, exact in float64."""
+        s = self.scales.to(dtype)
+        per_weight = (
+            s.unsqueeze(1)
+            if self.format.row_scaled
+            else spread(s, self.codes.shape[1], self.format.group)
+        )
+        return self.integers().to(dtype) * per_weight
+
+    def check(self) -> None:
+        """Refuse what no quantizer writes: kernels do not look again.
+
+        Raises:
+            WeightError: a scale is not finite and positive, a step is 0, an offset is 0 or above
+                128, or a code expands beyond a signed byte.
+        """
+        if not bool((self.scales.isfinite() & (self.scales > 0)).all()):
+            raise WeightError("a stored scale is zero, negative or not finite; the file is damaged")
+        if self.format.symmetric and bool((self.codes == -128).any()):
+            raise WeightError("a stored 8-bit code is −128, outside [−127, 127]")
+        if self.steps is None or self.offsets is None:
+            return
+        if bool((self.steps == 0).any() | (self.offsets == 0).any() | (self.offsets > 128).any()):
+            raise WeightError("a stored step is 0 or an offset is outside [1, 128]")
+        if self.codes.numel() and int(self.integers().max()) > 127:
+            raise WeightError(
+                f"a stored {self.format.bits}-bit code is beyond ⌊(255 − c)/t⌋: step · code + "
+                "offset does not fit a byte"
+            )
 
 
 @dataclass(frozen=True)
@@ -49,10 +80,13 @@ class StoredRows:
 
     codes: Tensor
     scales: Tensor
-    zeros: Tensor | None
+    zeros: Tensor | None = None
+    steps: Tensor | None = None
+    offsets: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.codes, self.scales, self.zeros) if t is not None]
+        parts = self.codes, self.scales, self.zeros, self.steps, self.offsets
+        return [t for t in parts if t is not None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +120,9 @@ class QuantizedWeight:
             b = part.format.bits
             codes = part.codes.view(torch.uint8) if part.format.symmetric else part.codes
             zeros = None if part.zeros is None else pack_bits(part.zeros, b)
-            stored[b] = StoredRows(pack_bits(codes, b), part.scales, zeros)
+            stored[b] = StoredRows(
+                pack_bits(codes, b), part.scales, zeros, part.steps, part.offsets
+            )
         any_format = rows[0].format
         return cls(
             n,
@@ -110,7 +146,7 @@ class QuantizedWeight:
         zeros = None
         if stored.zeros is not None:
             zeros = unpack_bits(stored.zeros, bits, groups_of(self.k, self.group))
-        return RowCodes(fmt, codes, stored.scales, zeros)
+        return RowCodes(fmt, codes, stored.scales, zeros, stored.steps, stored.offsets)
 
     def model_rows(self, bits: int) -> Tensor:
         """int64 indices, in the model's matrix, of the rows of one width; ascending."""
@@ -131,7 +167,12 @@ class QuantizedWeight:
             out[self.model_rows(b)] = self.row_codes(b).dequantize(dtype)
         return out
 
+    def check(self) -> None:
+        """See `RowCodes.check`."""
+        for bits in self.rows:
+            self.row_codes(bits).check()
+
     def true_bytes(self) -> int:
-        """Bytes of the stored form: codes, scales, zero points and the width of every row."""
+        """Bytes of the stored form: all stored tensors and the width of every row."""
         stored = sum(t.numel() * t.element_size() for s in self.rows.values() for t in s.tensors())
         return stored + width_bytes(self.n)

@@ -1,7 +1,8 @@
 """Packing `plain.v1`: the stored tensors one after the other. Read by the reference kernels.
 
 int32 [N] model row of every packed row, then per width, ascending:
-codes | fp16 scales | zero points, each section padded to 16 bytes.
+codes | scales | zero points | steps | offsets, those that the family has, each section padded to 16
+bytes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ def _sections(layout: Layout) -> Iterator[tuple[int, str, torch.dtype, tuple[int
     """(width, part, dtype, shape) of every section behind the row order."""
     g = layout.groups
     for bits, n in layout.widths:
+        fmt = RowFormat(bits, layout.group, layout.family)
         yield bits, "codes", torch.uint8, (n, math.ceil(layout.k * bits / 8))
-        yield bits, "scales", torch.float16, (n, g)
-        if not RowFormat(bits, layout.group, layout.family).symmetric:
+        if fmt.row_scaled:
+            yield bits, "scales", torch.float32, (n,)
+        else:
+            yield bits, "scales", torch.float16, (n, g)
+        if fmt.two_level:
+            yield bits, "steps", torch.uint8, (n, g)
+            yield bits, "offsets", torch.uint8, (n, g)
+        elif not fmt.symmetric:
             yield bits, "zeros", torch.uint8, (n, math.ceil(g * bits / 8))
 
 
@@ -65,7 +73,7 @@ def unpack_plain(blob: Tensor, layout: Layout) -> QuantizedWeight:
     values = torch.tensor([b for b, _ in layout.widths], device=blob.device, dtype=torch.uint8)
     widths = torch.empty(layout.n, dtype=torch.uint8, device=blob.device)
     widths[order] = values.repeat_interleave(sizes, output_size=layout.n)
-    rows = {b: StoredRows(p["codes"], p["scales"], p.get("zeros")) for b, p in found.items()}
+    rows = {b: StoredRows(**parts) for b, parts in found.items()}
     return QuantizedWeight(
         layout.n, layout.k, widths, rows, layout.group, layout.family, layout.transform
     )

@@ -9,8 +9,8 @@ A linear y = x Wᵀ + b becomes
 
 Shapes: x [..., K]; codes int8 [..., K'] with K' = K rounded up to whole groups; scales fp32
 [..., G] in mode "group", [..., 1] in mode "token"; sums int32 [..., G], the sum of each group's
-codes; acc fp32 [..., N]; y [..., N]. `packed` is one u8 blob, `layout` the text of its
-`formats.layout.Layout`.
+codes; acc [..., N], int32 for two-level rows in mode "token", else fp32; y [..., N]. `packed` is
+one u8 blob, `layout` the text of its `formats.layout.Layout`.
 
 Ops are defined with `Library.define` and one implementation per device: 2.5 µs a call where
 `custom_op` takes 6 to 9.
@@ -90,7 +90,9 @@ def _(x: Tensor, mode: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("mixllm::mixed_gemm", lib=library)
 def _(codes: Tensor, scales: Tensor, sums: Tensor, packed: Tensor, layout: str) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], Layout.parse(layout).n), dtype=torch.float32)
+    spec = Layout.parse(layout)
+    dtype = torch.int32 if reference.is_integer(spec, scales) else torch.float32
+    return codes.new_empty((*codes.shape[:-1], spec.n), dtype=dtype)
 
 
 @torch.library.register_fake("mixllm::dequantize", lib=library)

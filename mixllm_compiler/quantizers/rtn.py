@@ -7,37 +7,60 @@ from torch import Tensor
 
 from ..errors import WeightError
 from ..formats.neutral import QuantizedWeight, RowCodes
-from ..formats.row_format import DEFAULT_GROUP, RowFormat, groups_of, padded
+from ..formats.row_format import DEFAULT_GROUP, RowFormat, group_size, groups_of, padded
+from .encode import encode
+from .grid import fp16_scale
 
-_FP16_TINY = 2.0**-24  # the smallest positive fp16 number
-_FP16_MAX = 65504.0
 
-
-def quantize_rows(w: Tensor, fmt: RowFormat) -> RowCodes:
+def quantize_rows(
+    w: Tensor, fmt: RowFormat, importance: Tensor | None = None, clip: bool = False
+) -> RowCodes:
     """Quantize rows W [n, K] (any float dtype) to one format.
 
     Asymmetric groups always contain zero in their range. A group of one repeated value c is
     stored as s = |c|, |q − z| = 1: exact whenever c is an fp16 number.
 
+    Args:
+        importance: [K] weights of squared errors, such as diag E[x xᵀ]; read when clipping and by
+            the family two-level, whose integers are fitted to it.
+        clip: try clipped ranges, take the one with the least error.
+
     Raises:
         WeightError: a value is NaN or infinite, or so large that its scale does not fit fp16.
     """
+    if clip or fmt.row_scaled:
+        widths = torch.full((len(w),), fmt.bits, dtype=torch.uint8)
+        coded = encode(w, widths, fmt.group, fmt.family, importance=importance, clip=clip)
+        return coded.rows(fmt.bits)
+    return _nearest(w, fmt)
+
+
+def rounding_error(w: Tensor, fmt: RowFormat, importance: Tensor | None, clip: bool) -> Tensor:
+    """fp32 [n, K] Δ = Ŵ − W of `quantize_rows`, without storing codes."""
+    if clip or fmt.row_scaled:
+        widths = torch.full((len(w),), fmt.bits, dtype=torch.uint8)
+        coded = encode(w, widths, fmt.group, fmt.family, importance=importance, clip=clip)
+        return coded.dequantize().sub_(w)
+    return _nearest(w, fmt).dequantize(torch.float32) - w
+
+
+def _nearest(w: Tensor, fmt: RowFormat) -> RowCodes:
     n, k = w.shape
-    g = groups_of(k, fmt.group)
+    g, size = groups_of(k, fmt.group), group_size(k, fmt.group)
     work = torch.float64 if w.dtype == torch.float64 else torch.float32
-    x = torch.nn.functional.pad(w.to(work), (0, padded(k, fmt.group) - k)).view(n, g, fmt.group)
+    x = torch.nn.functional.pad(w.to(work), (0, padded(k, fmt.group) - k)).view(n, g, size)
     lo, hi = x.amin(-1), x.amax(-1)
     if not bool((lo.isfinite() & hi.isfinite()).all()):
         raise WeightError("the weights hold NaN or infinite values; check how they were made")
-    constant = _constant(w, k, fmt.group, x)
+    constant = _constant(w, k, size, x)
     if fmt.symmetric:
         top = torch.maximum(hi, -lo)
-        s = _fp16_scale(torch.where(constant, top, top / torch.full_like(top, 127)))
+        s = fp16_scale(torch.where(constant, top, top / torch.full_like(top, 127)))
         q = torch.round(x / s.to(work).unsqueeze(-1)).clamp(-127, 127)
         return RowCodes(fmt, q.view(n, -1)[:, :k].to(torch.int8).contiguous(), s, None)
     lo, hi = lo.clamp_max(0), hi.clamp_min(0)
     span = hi - lo
-    s = _fp16_scale(torch.where(constant, span, span / torch.full_like(span, fmt.qmax)))
+    s = fp16_scale(torch.where(constant, span, span / torch.full_like(span, fmt.qmax)))
     wide = s.to(work)
     z = torch.where(constant, (lo < 0).to(work), torch.round(-lo / wide).clamp(0, fmt.qmax))
     q = (torch.round(x / wide.unsqueeze(-1)) + z.unsqueeze(-1)).clamp(0, fmt.qmax)
@@ -56,19 +79,16 @@ def _constant(w: Tensor, k: int, group: int, x: Tensor) -> Tensor:
     return lo == hi
 
 
-def _fp16_scale(s: Tensor) -> Tensor:
-    if bool((s > _FP16_MAX).any()):
-        raise WeightError(
-            f"a weight group needs the scale {s.max().item():.3g}, fp16 holds at most 65504; "
-            "rescale the layer or exclude it from quantization"
-        )
-    return torch.where(s > 0, s.clamp_min(_FP16_TINY), torch.ones_like(s)).to(torch.float16)
-
-
 def quantize_rtn(
-    w: Tensor, widths: Tensor, group: int = DEFAULT_GROUP, transform: str = ""
+    w: Tensor,
+    widths: Tensor,
+    group: int = DEFAULT_GROUP,
+    transform: str = "",
+    family: str = "asym",
+    importance: Tensor | None = None,
+    clip: bool = False,
 ) -> QuantizedWeight:
-    """Quantize W [N, K] with `widths` uint8 [N] bits per row.
+    """Quantize W [N, K] with `widths` uint8 [N] bits per row; see `quantize_rows`.
 
     Deterministic: the same weights and widths give the same bytes.
     """
@@ -76,5 +96,6 @@ def quantize_rtn(
     parts = []
     for bits in sorted(set(widths.tolist())):
         rows = (widths == bits).nonzero().flatten()
-        parts.append(quantize_rows(w[rows], RowFormat(int(bits), group)))
+        fmt = RowFormat(int(bits), group, family)
+        parts.append(quantize_rows(w[rows], fmt, importance, clip))
     return QuantizedWeight.assemble(w.shape[0], w.shape[1], widths, parts, transform)
