@@ -12,23 +12,29 @@ from torch import Tensor, nn
 
 from . import compat
 from .allocation.allocate import make_plan
-from .allocation.plan import Plan
+from .allocation.plan import Plan, SitePlan
 from .backend import mixllm
 from .calibration.tokens import DEFAULT_SEQUENCES, calibration_tokens
-from .errors import MixLLMError, PlanMismatch, UnsupportedModel
+from .errors import MixLLMError, OptionError, PlanMismatch, UnsupportedModel
 from .formats.fingerprint import fingerprint
+from .formats.neutral import QuantizedWeight
+from .formats.row_format import RowFormat
 from .frames import CompiledForward, own_frame
 from .modules import PackedLinear
 from .options import Options
 from .passes.allocate_bits import plan_arguments
 from .passes.annotate_linears import planned_name
-from .passes.score_model import ScoringRun
+from .passes.quantize_model import Recipe, quantize_model
+from .passes.score_model import score_model
 from .passes.summary import table
 from .quantizers.rtn import quantize_rtn
 from .runtime import records
 from .runtime.weights import invalidate as _invalidate
+from .salience.kinds import DEFAULT_KIND, ScoreSpec
 from .salience.scores import Scores
 from .transforms.hadamard import block_hadamard, transform_of
+
+QUANTIZE_SEQUENCES = 64  # GPTQ and the refit still gain up to here; scores need 8
 
 M = TypeVar("M", bound=nn.Module)
 Data = Tensor | Sequence[str] | str | Path
@@ -39,6 +45,8 @@ def score(
     data: Data = "self",
     *,
     kind: str | None = None,
+    labels: str | None = None,
+    token_weights: Tensor | None = None,
     tokenizer: Any = None,
     sequences: int = DEFAULT_SEQUENCES,
     length: int | None = None,
@@ -53,9 +61,13 @@ def score(
         model: in eval mode, on one device.
         data: token ids [S, T], texts, a text file, a data set id, or "self" (default): text that
             the model writes itself.
-        kind: "fisher-sequence" (default), "paper" or "weight-error".
-        sequences, length: how much of the data to use; `batch` sequences at a time.
-        progress: called with (sequences done, sequences in all).
+        kind: "kfac" (default), "fisher-token", "fisher-sequence", "paper", "hessian" or
+            "weight-error"; their formulas are in `salience/kinds.py`.
+        labels: "sampled" from the model (default, but for kind "paper") or "text".
+        token_weights: [S, T], how much the loss of each token counts; 0 for none, for instance in
+            prompts.
+        sequences, length: how much of the data to use; up to `batch` sequences at a time.
+        progress: called with (steps done, steps in all).
         options: those of the backend that matter here: widths, group, rotate, lm_head, exclude,
             preset.
 
@@ -67,17 +79,23 @@ def score(
     """
     opts = Options.parse(options)
     _refuse_training(model)
-    kind = kind or ("paper" if opts.preset == "paper" else "fisher-sequence")
+    formats = tuple(RowFormat(b, opts.group) for b in sorted(opts.widths))
+    kind = kind or ("paper" if opts.preset == "paper" else DEFAULT_KIND)
+    spec = ScoreSpec(kind, formats, labels or "", seed)
     ids = calibration_tokens(
         data, model, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
     )
-    run = ScoringRun(opts, kind, seed)
-    for at in range(0, len(ids), batch):
-        run.feed(model, ids[at : at + batch])
-        if progress is not None:
-            progress(min(at + batch, len(ids)), len(ids))
     source = Path(data).name if isinstance(data, str | Path) else type(data).__name__
-    return run.scores({"data": source, "seed": str(seed)})
+    return score_model(
+        model,
+        ids,
+        spec,
+        opts,
+        {"data": source, "seed": str(seed)},
+        batch=batch,
+        token_weights=token_weights,
+        progress=progress,
+    )
 
 
 def plan(
@@ -104,14 +122,40 @@ def plan(
     return make_plan(scores, exclude=opts.exclude, **plan_arguments(opts))
 
 
-def quantize(model: M, plan: Plan) -> M:
+def quantize(
+    model: M,
+    plan: Plan,
+    data: Data | None = None,
+    *,
+    method: str | None = None,
+    refit: bool = True,
+    scores: Scores | None = None,
+    tokenizer: Any = None,
+    sequences: int = QUANTIZE_SEQUENCES,
+    length: int | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    recipe: Recipe | None = None,
+) -> M:
     """Replace the planned linears by `PackedLinear` modules, in place; returns the model.
 
     The float weights are freed where nothing else uses them.
 
+    Args:
+        data: calibration text as in `score`, "self" included; None rounds to nearest, which
+            needs no text.
+        method: "gptq" (default with data) or "rtn".
+        refit: correct weights for the inputs that the quantized model produces.
+        scores: of the same model: an error of an output counts as much as its curvature.
+        sequences, length: how much of the data to use; `batch` sequences go through together.
+        progress: called with (groups of linears done, groups in all).
+        recipe: all settings of the quantizers at once, instead of `method` and `refit`.
+
     Raises:
         PlanMismatch: the plan was made for another model.
         UnsupportedModel: a planned matrix is no Linear or Conv1D module (compile with the plan).
+        OptionError: the data is unusable, or a method other than "rtn" got none.
     """
     homes = _linear_modules(model)
     planned = [name for name in homes if planned_name(plan, name)]
@@ -131,21 +175,34 @@ def quantize(model: M, plan: Plan) -> M:
             f"the plan has {missing[0]} ({len(missing)} of {len(plan.sites)} in all), which is no "
             "linear module of this model; compile the model with the plan instead"
         )
+    found: dict[str, QuantizedWeight] = {}
+    if data is not None:
+        recipe = recipe or Recipe(method=method or "gptq", refit=refit)
+        ids = calibration_tokens(
+            data, model, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
+        )
+        curvature = None if scores is None else getattr(scores, "curvature", None)
+        found = quantize_model(
+            model, plan, ids, recipe, batch=batch, row_weights=curvature, progress=progress
+        )
+    elif method not in (None, "rtn"):
+        raise OptionError(f"method {method!r} needs calibration text: give data=…")
     for name, site in plan.sites.items():
         path = names[name]
         module = homes[path]
-        mode, transform = plan.activation_mode, transform_of(site.k, plan.rotation)
-        weight = _matrix(module)
-        if transform:
-            weight = block_hadamard(weight.float(), int(transform.removeprefix("hadamard:")))
-        packed = PackedLinear(
-            quantize_rtn(weight, site.widths, site.group, transform),
-            getattr(module, "bias", None),
-            mode,
-        )
+        weight = found.get(name) or _rounded(module, site, transform_of(site.k, plan.rotation))
+        packed = PackedLinear(weight, getattr(module, "bias", None), plan.activation_mode)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed.train(module.training))
     return model
+
+
+def _rounded(module: nn.Module, site: SitePlan, transform: str) -> QuantizedWeight:
+    weight = _matrix(module)
+    if transform:
+        weight = block_hadamard(weight.float(), int(transform.removeprefix("hadamard:")))
+    two_level = site.family == "two-level"
+    return quantize_rtn(weight, site.widths, site.group, transform, site.family, clip=two_level)
 
 
 def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -194,7 +251,7 @@ def compile(
     _refuse_training(model)
     scoring = {
         k: options.pop(k)
-        for k in ("tokenizer", "sequences", "length", "kind", "batch", "seed")
+        for k in ("tokenizer", "sequences", "length", "kind", "labels", "batch", "seed")
         if k in options
     }
     opts = Options.parse({**options, "bits": bits, "plan": plan, "release": release})

@@ -7,7 +7,8 @@ columns that come after it, and a group's grid is chosen when the sweep reaches 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from .hessian import Factor
 _ROWS = 16_384  # rows that are worked on at a time
 _SCALE_FACTORS = (1.0, 0.94, 0.88, 0.82, 0.76)
 _TINY = 1e-30
+_BY_ROW = ("widths", "codes", "step", "offset", "top", "scale")
 
 
 @dataclass
@@ -66,6 +68,11 @@ class Encoded:
         """fp32 [N, K]."""
         parts = [self.values(g) for g in range(self.step.shape[1])]
         return torch.cat(parts, 1) * self.scale[:, None]
+
+    def split(self, sizes: Sequence[int]) -> list[Encoded]:
+        """Matrices that were quantized below each other, `sizes` rows each."""
+        parts = zip(*(getattr(self, name).split(list(sizes)) for name in _BY_ROW), strict=True)
+        return [replace(self, **dict(zip(_BY_ROW, tensors, strict=True))) for tensors in parts]
 
     def stored(self, transform: str = "") -> QuantizedWeight:
         """In the neutral form."""
@@ -134,9 +141,8 @@ def encode(
     ]
     if len(parts) == 1:
         return parts[0]
-    fields = ("codes", "step", "offset", "top", "scale")
-    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in fields}
-    return Encoded(widths, group, family, **joined)
+    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in _BY_ROW}
+    return replace(parts[0], **joined)
 
 
 def _encode(

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.neutral import QuantizedWeight
 from .descent import descend
-from .encode import encode
+from .encode import Encoded, encode
 from .hessian import Factor
 
 SWEEPS = 2
@@ -26,11 +25,10 @@ def quantize_gptq(
     group: int,
     family: str,
     *,
-    transform: str = "",
     clip: bool = True,
     sweeps: int = SWEEPS,
-) -> QuantizedWeight:
-    """Quantize W [N, K] for inputs of second moment H.
+) -> Encoded:
+    """Quantize W [N, K] for inputs of second moment H; rows are independent of each other.
 
     Deterministic: the same inputs give the same bytes on one device.
 
@@ -47,4 +45,4 @@ def quantize_gptq(
         coded = encode(w, widths, group, family, clip=clip, factor=factor)
         if sweeps and family == "two-level":
             descend(w.float(), coded, h, sweeps)
-        return coded.stored(transform)
+        return coded

@@ -43,17 +43,17 @@ def refit(
     weights = w.new_ones(len(w)) if row_weights is None else row_weights.to(w)
     best, chosen = 0.0, None
     for damping in LAMBDAS:
-        change = solve(fit_h, towards, damping)
+        change = solve(fit_h, towards, damping, torch.float32)
         error = ((change @ held_h) * change - 2 * held_towards * change).sum(1)
         found = float((error.double() * weights.double()).sum())
         if found < best:
             best, chosen = found, damping
     if chosen is None:
         return w, None
-    return w + solve(h, w @ d, chosen), chosen
+    return w + solve(h, w @ d, chosen, torch.float64), chosen
 
 
-def solve(h: Tensor, towards: Tensor, damping: float) -> Tensor:
-    """fp32 [N, K] `towards` (H + λI)⁻¹ in float64; λ = damping · mean diag(H)."""
-    lower = torch.linalg.cholesky(damp(h, damping))
-    return torch.cholesky_solve(towards.t().double(), lower).t().float()
+def solve(h: Tensor, towards: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    """fp32 [N, K] `towards` (H + λI)⁻¹, λ = damping · mean diag(H)."""
+    lower = torch.linalg.cholesky(damp(h, damping).to(dtype))
+    return torch.cholesky_solve(towards.t().to(dtype), lower).t().float()

@@ -1,0 +1,327 @@
+"""Quantize a whole model layer by layer on calibration text.
+
+Two streams of activations go through the captured graph side by side: the float model's, and that
+of the model as far as it is quantized. Where linears read a value, both stop; the linears are
+quantized for the inputs that the quantized stream really delivers; then both go on. Memory: the
+values that cross one cut, for all calibration tokens and both streams.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..allocation.plan import Plan
+from ..calibration.moments import Moments
+from ..calibration.segments import Segment, SegmentInterpreter, cut
+from ..errors import OptionError, PlanMismatch, UnsupportedModel, nearest
+from ..formats.fingerprint import fingerprint
+from ..formats.neutral import QuantizedWeight
+from ..formats.row_format import spread
+from ..ir.annotations import LinearSite
+from ..ir.graph import Matrix
+from ..ir.reference import quantize_activation
+from ..options import Options
+from ..quantizers.encode import encode
+from ..quantizers.gptq import SWEEPS, quantize_gptq
+from ..quantizers.hessian import DAMPING, factorize
+from ..quantizers.refit import refit
+from .captured_model import CapturedModel, Values, capture_model, even_batch
+
+METHODS = ("gptq", "rtn")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How float rows become codes.
+
+    Attributes:
+        method: "gptq", or "rtn" (nearest codes on grids weighted by diag(H)).
+        clip: search clipped ranges.
+        propagate: calibrate on the inputs that the quantized model produces; else on the float
+            model's, quantized.
+        refit: correct the weights for those inputs first; needs `propagate`.
+        sweeps: rounds of descent after GPTQ.
+        damping: of the Hessian, in units of its mean diagonal.
+        held_out: share of batches on which the strength of the refit is chosen.
+    """
+
+    method: str = "gptq"
+    clip: bool = True
+    propagate: bool = True
+    refit: bool = True
+    sweeps: int = SWEEPS
+    damping: float = DAMPING
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"unknown method {self.method!r}.{nearest(self.method, METHODS)}")
+        if not 0 < self.held_out < 1:
+            raise OptionError(f"held_out = {self.held_out} is no share of the text")
+
+    @property
+    def cross(self) -> bool:
+        """Whether the refit's cross moments are needed."""
+        return self.refit and self.propagate
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a plan asks for one matrix."""
+
+    widths: Tensor
+    group: int
+    family: str
+
+
+@dataclass
+class _Group:
+    """Linears that read one value."""
+
+    x: fx.Node
+    sites: list[tuple[fx.Node, LinearSite]]
+
+
+class QuantizingRun:
+    """One calibrated quantization of a captured model.
+
+    Attributes:
+        weights: matrix name → its quantized weight, as far as the run has come.
+        strengths: matrix name → λ of its refit, None where it kept the float weights.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedModel,
+        wanted: Mapping[str, Wanted],
+        mode: str,
+        recipe: Recipe,
+        row_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            wanted: matrix name of the graph → its plan; other linears stay float.
+            mode: of the activations, "token" or "group".
+            row_weights: matrix name → [N] how much an error of each output matters.
+
+        Raises:
+            OptionError: too few batches to hold one out.
+        """
+        self.captured, self.wanted, self.mode, self.recipe = captured, wanted, mode, recipe
+        self.row_weights = row_weights or {}
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.strengths: dict[str, float | None] = {}
+        count = len(captured.batches)
+        self._held = max(1, round(recipe.held_out * count)) if recipe.cross else 0
+        if self._held >= count and recipe.cross:
+            raise OptionError(
+                f"a refit needs two batches of calibration text or more, not {count}: one is held "
+                "out. Give more sequences, smaller batches, or refit=False"
+            )
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> dict[str, QuantizedWeight]:
+        """Quantize everything that is wanted.
+
+        Args:
+            progress: called with (groups of linears done, groups in all).
+        """
+        graph = self.captured.graph
+        groups = self._groups()
+        segments = cut(graph.graph, [g.x for g in groups])
+        plain = SegmentInterpreter(graph.module)
+        floats = [self.captured.inputs(b) for b in range(len(self.captured.batches))]
+        ours: list[Values] | None = None
+        done = 0
+        override: dict[fx.Node, Callable[..., Any]] = {}
+        ready: dict[fx.Node, Tensor] = {}
+        with torch.no_grad():
+            for segment in segments[:-1]:
+                self._advance(segment, floats, plain, ready)
+                if ours is None:
+                    ours = [dict(values) for values in floats]
+                elif self.recipe.propagate:
+                    mixed = SegmentInterpreter(graph.module, override)
+                    self._advance(segment, ours, mixed, ready)
+                else:
+                    ours = [dict(values) for values in floats]
+                group = groups[done]
+                if segment.nodes[-1] is not group.x:
+                    raise _cannot_stop(group)
+                override = self._quantize(group, floats, ours)
+                ready = self._transformed(group)
+                done += 1
+                if progress is not None:
+                    progress(done, len(groups))
+        if done < len(groups):
+            raise _cannot_stop(groups[done])
+        return self.weights
+
+    def _groups(self) -> list[_Group]:
+        """Linears by the value they read, in the graph's order of those values."""
+        graph = self.captured.graph
+        place = {n: i for i, n in enumerate(graph.graph.nodes)}
+        found: dict[fx.Node, _Group] = {}
+        for node, site in graph.sites():
+            x = node.args[0]
+            if site.matrix in self.wanted and isinstance(x, fx.Node):
+                found.setdefault(x, _Group(x, [])).sites.append((node, site))
+        return sorted(found.values(), key=lambda g: place[g.x])
+
+    def _advance(
+        self,
+        segment: Segment,
+        streams: list[Values],
+        interpreter: SegmentInterpreter,
+        ready: Mapping[fx.Node, Any],
+    ) -> None:
+        """Run a segment in every batch; afterwards a stream holds what lies behind it."""
+        for i, values in enumerate(streams):
+            out = interpreter.run_segment(segment, {**values, **ready})
+            streams[i] = self.captured.inputs(i) | out
+
+    def _transformed(self, group: _Group) -> dict[fx.Node, Tensor]:
+        """Rotated float weights, once for all batches."""
+        found = {}
+        for node, site in group.sites:
+            weight = node.args[1]
+            matrix = self.captured.graph.matrices[site.matrix]
+            if matrix.transform and isinstance(weight, fx.Node):
+                found[weight] = matrix.value().to(matrix.binding.tensor.dtype)
+        return found
+
+    def _quantize(
+        self, group: _Group, floats: list[Values], ours: list[Values]
+    ) -> dict[fx.Node, Callable[..., Any]]:
+        """Quantize the linears of a group; what to call in their place from now on."""
+        matrices = self.captured.graph.matrices
+        first = self.wanted[group.sites[0][1].matrix]
+        k = group.sites[0][1].k
+        names = list(dict.fromkeys(site.matrix for _, site in group.sites))
+        fresh = [name for name in names if name not in self.weights]
+        if fresh:
+            x = ours[0][group.x]
+            moments = Moments(k, x.device, self.recipe.cross)
+            for i, (values, mine) in enumerate(zip(floats, ours, strict=True)):
+                x_hat = dequantized(mine[group.x], self.mode, first.group).reshape(-1, k)
+                target = values[group.x].reshape(-1, k) if self.recipe.cross else None
+                moments.add(x_hat, target, i >= len(ours) - self._held)
+            self._solve([matrices[name] for name in fresh], moments)
+        shared = _Shared(self.mode, first.group)
+        return {
+            node: functools.partial(
+                _linear, shared, self.weights[site.matrix].dequantize(torch.float32)
+            )
+            for node, site in group.sites
+        }
+
+    def _solve(self, matrices: list[Matrix], moments: Moments) -> None:
+        """Quantize siblings as one matrix: they share inputs, and their rows are independent."""
+        recipe, h = self.recipe, moments.second()
+        wanted = [self.wanted[m.name] for m in matrices]
+        group, family = wanted[0].group, wanted[0].family
+        w = torch.cat([m.value().float() for m in matrices])
+        widths = torch.cat([p.widths for p in wanted]).to(w.device)
+        if recipe.cross:
+            weights = torch.cat([self.row_weights.get(m.name, torch.ones(m.n)) for m in matrices])
+            share = moments.held_tokens / moments.tokens
+            w, strength = refit(w, h, moments.cross(), *moments.held(), share, weights)
+            self.strengths |= {m.name: strength for m in matrices}
+        if recipe.method == "rtn":
+            importance = h.diagonal()
+            coded = encode(w, widths, group, family, importance=importance, clip=recipe.clip)
+        else:
+            factor = factorize(h, group, matrices[0].name, recipe.damping)
+            coded = quantize_gptq(
+                w, widths, h, factor, group, family, clip=recipe.clip, sweeps=recipe.sweeps
+            )
+        for matrix, part in zip(matrices, coded.split([m.n for m in matrices]), strict=True):
+            self.weights[matrix.name] = part.stored(matrix.transform)
+
+
+def _cannot_stop(group: _Group) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the graph cannot be cut at the input of {group.sites[0][1].matrix} to quantize it; "
+        "quantize without calibration text"
+    )
+
+
+def dequantized(x: Tensor, mode: str, group: int) -> Tensor:
+    """x̂ [..., K]: what is left of x [..., K] once it is int8; fp32."""
+    codes, scales, _ = quantize_activation(x, mode, group)
+    k = x.shape[-1]
+    if scales.shape[-1] == 1:
+        return codes[..., :k].float() * scales
+    return codes[..., :k].float() * spread(scales, k, group)
+
+
+class _Shared:
+    """x̂ of the value that siblings read, quantized once."""
+
+    def __init__(self, mode: str, group: int) -> None:
+        self.mode, self.group = mode, group
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = x, dequantized(x, self.mode, self.group)
+        return self._last[1]
+
+
+def _linear(
+    shared: _Shared, w_hat: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The quantized linear's float value; a node's arguments say x, the float weight, the bias."""
+    y = shared(x) @ w_hat.t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def quantize_model(
+    model: nn.Module,
+    plan: Plan,
+    ids: Tensor,
+    recipe: Recipe,
+    *,
+    batch: int = 8,
+    row_weights: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, QuantizedWeight]:
+    """Quantize everything that a plan plans, calibrated on token ids [S, T].
+
+    Args:
+        batch: sequences that go through the model together, at most.
+        row_weights: planned name → [N], see `QuantizingRun`.
+
+    Returns:
+        Planned name → quantized weight.
+
+    Raises:
+        PlanMismatch: the plan was made for another model.
+        UnsupportedModel: the model cannot be captured in one graph.
+    """
+    first = next(iter(plan.sites.values()))
+    options = Options(plan=plan, group=first.group, rotate=plan.rotation, quiet=True)
+    size = even_batch(len(ids), min(batch, max(1, len(ids) // 2)))
+    captured = capture_model(model, ids.split(size), options)
+    matrices = {m.name: m for m in captured.graph.active()}
+    own = fingerprint({name: m.stored() for name, m in matrices.items()})
+    names = {o: p for o, p in plan.match(own, subset=True).items() if p in plan.sites}
+    missing = sorted(plan.sites.keys() - set(names.values()))
+    if missing:
+        raise PlanMismatch(
+            f"the plan has {missing[0]} ({len(missing)} of {len(plan.sites)} in all), which is no "
+            "linear of this model's captured graph"
+        )
+    sites = {o: plan.sites[p] for o, p in names.items()}
+    wanted = {o: Wanted(s.widths, s.group, s.family) for o, s in sites.items()}
+    weights = {o: row_weights[p] for o, p in names.items() if row_weights and p in row_weights}
+    run = QuantizingRun(captured, wanted, plan.activation_mode, recipe, weights)
+    return {names[o]: weight for o, weight in run.run(progress).items()}
