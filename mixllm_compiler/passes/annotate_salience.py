@@ -9,8 +9,10 @@ import torch
 from ..errors import OptionError
 from ..formats.row_format import RowFormat
 from ..ir.graph import MixGraph
-from ..salience.probes import gradient_stops, loss_inputs, probes_of
-from ..salience.profiler import KINDS, Tally, profile, supervised_tokens, weight_error
+from ..salience.kinds import GRADIENT_KINDS, ScoreSpec, weight_error
+from ..salience.probes import gradient_stops, loss_inputs
+from ..salience.replay import score_graph
+from ..salience.supervision import supervised_tokens
 from .base import Changes, Pass
 from .known_plans import look_up
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from .context import Context
 
 MIN_TOKENS = 512  # fewer give a gradient score that ranks rows worse than their weight error
+
+
+PASS_KINDS = ("auto", *GRADIENT_KINDS, "weight-error")
 
 
 class AnnotateSalience(Pass):
@@ -29,8 +34,8 @@ class AnnotateSalience(Pass):
     ensures = {"scored"}
 
     def __init__(self, kind: str = "auto") -> None:
-        if kind not in ("auto", *KINDS):
-            raise OptionError(f"unknown score {kind!r}; scores are auto, {', '.join(KINDS)}")
+        if kind not in PASS_KINDS:
+            raise OptionError(f"unknown score {kind!r}; scores are {', '.join(PASS_KINDS)}")
         self.kind = kind
 
     def run(self, graph: MixGraph, ctx: Context) -> Changes:
@@ -63,30 +68,32 @@ class AnnotateSalience(Pass):
         Returns:
             The kind of score that the matrices (must) get.
         """
-        where, tally = loss_inputs(graph), Tally(kind, formats)
         stops, forced = gradient_stops(graph), self.kind != "auto"
-        tokens = supervised_tokens(graph.inputs, where)
-        if not stops and (forced or tokens >= MIN_TOKENS):
+        inputs = dict(zip(graph.placeholders(), graph.inputs, strict=True))
+        tokens = supervised_tokens(inputs, loss_inputs(graph))
+        needed = 1 if forced else MIN_TOKENS
+        if not stops and (forced or tokens >= needed):
             graph.refuse_released()
             for matrix in graph.active():
                 matrix.checked()
-            with torch.no_grad():
-                profile(graph.module, graph.inputs, probes_of(graph), where, tally)
+            # Of the loss the text is known, where the logits cover it, and it costs one batch.
+            spec = ScoreSpec(kind, formats, labels="text", budget=None)
+            found = score_graph(graph, [inputs], spec)
             # `generate` asks for the last logits only: few tokens of a long prompt have a loss.
-            tokens = tally.tokens
-        if stops or tally.tokens < (1 if forced else MIN_TOKENS):
-            few = (
-                f"the example inputs give a loss to {tokens} tokens, fewer than the {MIN_TOKENS} a "
-                "gradient score needs"
-            )
-            ctx.score_note = (
-                f"{stops or few}; rows were ranked by weight error. Score on text for a better "
-                "plan: mixllm_compiler.compile(model, bits=…, data=…)"
-            )
-            return "weight-error"
-        losses = tally.losses()
-        for matrix in graph.active():
-            # No gradient reached a matrix whose output nothing uses: any row may go low.
-            matrix.losses = losses.get(matrix.name, torch.zeros(matrix.n, len(formats)))
-        ctx.tokens, ctx.sequences = tally.tokens, tally.sequences
-        return kind
+            tokens = found.tokens
+            if tokens >= needed:
+                for matrix in graph.active():
+                    # No gradient reached a matrix whose output nothing uses: any row may go low.
+                    empty = torch.zeros(matrix.n, len(formats))
+                    matrix.losses = found.losses.get(matrix.name, empty)
+                ctx.tokens, ctx.sequences = found.tokens, found.sequences
+                return kind
+        few = (
+            f"the example inputs give a loss to {tokens} tokens, fewer than the {MIN_TOKENS} a "
+            "gradient score needs"
+        )
+        ctx.score_note = (
+            f"{stops or few}; rows were ranked by weight error. Score on text for a better "
+            "plan: mixllm_compiler.compile(model, bits=…, data=…)"
+        )
+        return "weight-error"

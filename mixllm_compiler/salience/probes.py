@@ -2,29 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx
 
-from ..ir.graph import MixGraph
-from .profiler import LossInputs, Probe
+from ..ir.graph import Matrix, MixGraph
+from .supervision import LossInputs
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One linear to score: its node, its matrix, and the value [..., K] that it reads.
+
+    Attributes:
+        x: the value before a rotation; the float function does not need it, so that statistics
+            are taken there and rotated once.
+        turned: rotations of the value and of the weight, to be left out of the run.
+    """
+
+    node: fx.Node
+    matrix: Matrix
+    x: fx.Node
+    turned: tuple[fx.Node, ...] = ()
 
 
 def probes_of(graph: MixGraph) -> dict[fx.Node, Probe]:
     """One probe per use of a matrix that will be quantized."""
     probes = {}
     for node, site in graph.sites():
+        matrix, x, weight = graph.matrices[site.matrix], node.args[0], node.args[1]
+        turned: tuple[fx.Node, ...] = ()
+        assert isinstance(x, fx.Node)
+        if matrix.transform:
+            assert isinstance(weight, fx.Node) and isinstance(x.args[0], fx.Node)
+            turned, x = (x, weight), x.args[0]
+        probes[node] = Probe(node, matrix, x, turned)
+    return probes
+
+
+def siblings(graph: MixGraph) -> dict[str, str]:
+    """Matrix → the first matrix of those that read the same activation value."""
+    first: dict[fx.Node, str] = {}
+    found: dict[str, str] = {}
+    for node, site in graph.sites():
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        probes[node] = Probe(site.matrix, x, graph.matrices[site.matrix].value)
-    return probes
+        # A matrix that is used at several places belongs to the first of them.
+        found.setdefault(site.matrix, first.setdefault(x, found.get(site.matrix, site.matrix)))
+    return found
 
 
 def gradient_stops(graph: MixGraph) -> str:
     """Why gradients cannot be taken in this graph, "" if they can."""
     packed = [m.name for m in graph.matrices.values() if m.packed is not None]
-    if not packed:
-        return ""
-    return f"{len(packed)} linears are quantized already (first {packed[0]}) and have no gradient"
+    if packed:
+        return (
+            f"{len(packed)} linears are quantized already (first {packed[0]}) and have no gradient"
+        )
+    half = [m.name for m in graph.active() if m.binding.tensor.dtype == torch.float16]
+    if half:
+        return f"gradients overflow or vanish in float16 ({len(half)} linears, first {half[0]})"
+    return ""
 
 
 def loss_inputs(graph: MixGraph) -> LossInputs:
@@ -36,21 +75,22 @@ def loss_inputs(graph: MixGraph) -> LossInputs:
     """
     place = {node: i for i, node in enumerate(graph.placeholders())}
     ids = _ids(graph, place)
-    mask = next((i for n, i in place.items() if _is_mask(graph, n, i, ids)), None)
-    return LossInputs(ids, mask, _logits(graph), _activations(graph, place))
+    mask = next((n for n, i in place.items() if _is_mask(graph, n, i, ids, place)), None)
+    activations = tuple(n for n, i in place.items() if _is_activation(graph, n, i))
+    (output,) = (n for n in graph.graph.nodes if n.op == "output")
+    outputs = tuple(output.all_input_nodes)
+    logits = next((n for n in outputs if _made_by_linear(graph, n)), None)
+    return LossInputs(ids, mask, logits, activations, outputs)
 
 
-def _activations(graph: MixGraph, place: dict[fx.Node, int]) -> tuple[int, ...]:
-    def fits(node: fx.Node, index: int) -> bool:
-        value = graph.inputs[index]
-        plain = isinstance(value, Tensor) and node not in graph.bindings
-        return plain and value.is_floating_point() and value.dim() >= 2
-
-    return tuple(index for node, index in place.items() if fits(node, index))
+def _is_activation(graph: MixGraph, node: fx.Node, index: int) -> bool:
+    value = graph.inputs[index]
+    plain = isinstance(value, Tensor) and node not in graph.bindings
+    return plain and value.is_floating_point() and value.dim() >= 2
 
 
-def _ids(graph: MixGraph, place: dict[fx.Node, int]) -> int | None:
-    best: tuple[int, int] | None = None
+def _ids(graph: MixGraph, place: dict[fx.Node, int]) -> fx.Node | None:
+    best: tuple[int, fx.Node] | None = None
     for node in graph.calls(torch.nn.functional.embedding, torch.embedding):
         table = next((b for a in node.args if (b := graph.weight_binding(a))), None)
         rows = table.tensor.shape[0] if table is not None else 0
@@ -59,7 +99,7 @@ def _ids(graph: MixGraph, place: dict[fx.Node, int]) -> int | None:
                 continue
             ids = reader not in graph.bindings and _is_ids(graph.inputs[place[reader]])
             if ids and (best is None or rows > best[0]):
-                best = rows, place[reader]
+                best = rows, reader
     return best[1] if best else None
 
 
@@ -76,21 +116,14 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 2
 
 
-def _is_mask(graph: MixGraph, node: fx.Node, index: int, ids: int | None) -> bool:
+def _is_mask(
+    graph: MixGraph, node: fx.Node, index: int, ids: fx.Node | None, place: dict[fx.Node, int]
+) -> bool:
     value = graph.inputs[index]
-    if ids is None or index == ids or not isinstance(value, Tensor):
+    if ids is None or node is ids or not isinstance(value, Tensor):
         return False
-    fits = value.shape == graph.inputs[ids].shape and not value.is_floating_point()
+    fits = value.shape == graph.inputs[place[ids]].shape and not value.is_floating_point()
     return fits and "attention_mask" in node.name
-
-
-def _logits(graph: MixGraph) -> int | None:
-    (output,) = (n for n in graph.graph.nodes if n.op == "output")
-    values = output.args[0]
-    for i, value in enumerate(values if isinstance(values, tuple | list) else (values,)):
-        if isinstance(value, fx.Node) and _made_by_linear(graph, value):
-            return i
-    return None
 
 
 def _made_by_linear(graph: MixGraph, node: fx.Node) -> bool:

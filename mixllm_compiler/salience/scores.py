@@ -16,6 +16,7 @@ from ..formats.row_format import DEFAULT_GROUP, RowFormat
 from ..formats.tables import same_place, table
 
 VERSION = 1
+_CURVATURE = "curvature of "  # before a matrix's name, in the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class Scores:
         group: group size along K of all formats.
         siblings: matrix name → name of the group of matrices that read the same activation value
             (q, k and v; gate and up); a matrix that reads one alone may be missing.
+        curvature: matrix name → fp32 [N], E[δ²] of the output features per supervised token; empty
+            for kinds without gradients.
     """
 
     kind: str
@@ -46,6 +49,7 @@ class Scores:
     settings: Mapping[str, str] = field(default_factory=dict)
     group: int = DEFAULT_GROUP
     siblings: Mapping[str, str] = field(default_factory=dict, repr=False)
+    curvature: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
@@ -63,6 +67,9 @@ class Scores:
                 raise ValueError(f"{name} is [{n}, {k}], its fingerprint says {known.get(name)}")
             self._check(name, n)
         self._check_siblings()
+        for name, curvature in self.curvature.items():
+            if name not in self.shapes or curvature.shape != (self.shapes[name][0],):
+                raise ValueError(f"{name} has a curvature {list(curvature.shape)} but no such rows")
 
     def _check_siblings(self) -> None:
         """One activation value has one length, so siblings share K."""
@@ -107,6 +114,12 @@ class Scores:
         """Bits of the candidate formats, in their order."""
         return tuple(f.bits for f in self.formats)
 
+    @property
+    def unreached(self) -> dict[str, int]:
+        """Matrix name → rows that no gradient reached: the text says nothing about them."""
+        dead = {name: int((found == 0).sum()) for name, found in self.curvature.items()}
+        return {name: rows for name, rows in dead.items() if rows}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         document = {
@@ -119,7 +132,8 @@ class Scores:
             "settings": dict(self.settings),
             "siblings": dict(self.siblings),
         }
-        save_tensors(path, "scores", VERSION, self.loss, document)
+        curvature = {_CURVATURE + name: found for name, found in self.curvature.items()}
+        save_tensors(path, "scores", VERSION, {**self.loss, **curvature}, document)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -133,7 +147,8 @@ class Scores:
         formats = tuple(RowFormat.parse(text) for text in document["formats"])
         # The document keeps the model's order, the tensors come back sorted by name.
         shapes = {name: (n, k) for name, (n, k) in document["shapes"].items()}
-        if shapes.keys() != tensors.keys():
+        curvature = {n: tensors[_CURVATURE + n] for n in shapes if _CURVATURE + n in tensors}
+        if shapes.keys() != {n for n in tensors if not n.startswith(_CURVATURE)}:
             raise OptionError(f"{os.fspath(path)!r} is damaged: it lacks scores that it lists")
         return cls(
             kind=document["kind"],
@@ -145,7 +160,8 @@ class Scores:
             sequences=document["sequences"],
             settings=document["settings"],
             group=formats[0].group,
-            siblings=document.get("siblings", {}),  # older files have none
+            siblings=document.get("siblings", {}),  # older files have none, nor curvature
+            curvature=curvature,
         )
 
     def totals(self) -> dict[str, Tensor]:
@@ -162,6 +178,9 @@ class Scores:
             f"scores {self.kind}: {self.tokens:,} tokens in {self.sequences} sequences, "
             f"{self.fingerprint}" + (f"\n{settings}" if settings else "")
         )
+        if self.unreached:
+            listed = ", ".join(f"{name} ({rows} rows)" for name, rows in self.unreached.items())
+            head += f"\nno gradient reached {listed}"
         places: dict[str, list[Tensor]] = {}
         for name, total in self.totals().items():
             places.setdefault(same_place(name), []).append(total)

@@ -14,7 +14,7 @@ from mixllm_compiler.passes.allocate_bits import AllocateBits
 from mixllm_compiler.passes.annotate_salience import AnnotateSalience
 from mixllm_compiler.passes.context import Context
 from mixllm_compiler.passes.pipeline import default_pipeline
-from mixllm_compiler.salience.profiler import weight_error
+from mixllm_compiler.salience.kinds import weight_error
 from tests.helpers import (
     HIDDEN,
     LlamaBlock,

@@ -12,13 +12,13 @@ from mixllm_compiler.passes.base import Pass, parse_value
 from mixllm_compiler.passes.pipeline import OWN_PASSES, Pipeline, default_pipeline, parse
 from mixllm_compiler.passes.registry import register_pass, unregister_pass
 from mixllm_compiler.passes.rotate_inputs import RotateInputs
-from mixllm_compiler.salience.profiler import KINDS
+from mixllm_compiler.passes.annotate_salience import PASS_KINDS
 
 PLAIN = st.sampled_from([p for p in OWN_PASSES if p not in (RotateInputs, AnnotateSalience)])
 PASSES = st.one_of(
     PLAIN.map(lambda make: make()),
     st.sampled_from((0, 32, 64, 128, 256)).map(RotateInputs),
-    st.sampled_from(("auto", *KINDS)).map(AnnotateSalience),
+    st.sampled_from(PASS_KINDS).map(AnnotateSalience),
 )
 WORDS = st.from_regex(r"[a-zA-Z][\w.:-]{0,10}", fullmatch=True).filter(
     lambda w: w.lower() not in ("true", "false", "nan", "inf", "infinity")

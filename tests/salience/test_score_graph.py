@@ -13,6 +13,7 @@ from mixllm_compiler.errors import UnsupportedModel
 from mixllm_compiler.ir.graph import MixGraph
 from mixllm_compiler.passes.pipeline import default_pipeline
 from mixllm_compiler.runtime import records
+from mixllm_compiler.salience.supervision import draw, generator_of
 from mixllm_compiler.transforms.hadamard import block_hadamard, hadamard_matrix
 from tests.helpers import EAGER, token_ids
 from tests.models.support import build, handed_over, linear_modules
@@ -79,7 +80,7 @@ def test_a_compiled_graph_is_scored_like_brute_force(case, kind, mode):
 
 
 def test_a_model_is_scored_like_brute_force(case):
-    found = mixllm_compiler.score(case.model, IDS)
+    found = mixllm_compiler.score(case.model, IDS, kind="fisher-sequence", labels="text")
     assert_scores(found.loss, case.expected("fisher-sequence"))
     assert (found.kind, found.settings["loss"]) == ("fisher-sequence", "next-token")
     assert (found.sequences, found.tokens) == (len(IDS), len(IDS) * TOKENS)
@@ -87,10 +88,11 @@ def test_a_model_is_scored_like_brute_force(case):
 
 def test_batches_change_no_score():
     model = build("llama")
-    expected = mixllm_compiler.score(model, IDS, kind="paper")
-    found = mixllm_compiler.score(model, IDS, kind="paper", batch=3)  # the last one holds one
-    assert_scores(found.loss, expected.loss, 1e-5)
-    assert (found.sequences, found.tokens) == (expected.sequences, expected.tokens)
+    for kind in ("paper", "kfac"):  # the text's labels, and drawn ones
+        expected = mixllm_compiler.score(model, IDS, kind=kind)
+        found = mixllm_compiler.score(model, IDS, kind=kind, batch=3)
+        assert_scores(found.loss, expected.loss, 1e-5)
+        assert (found.sequences, found.tokens) == (expected.sequences, expected.tokens)
 
 
 def test_a_model_is_scored_inside_inference_mode():
@@ -122,7 +124,7 @@ def test_padding_is_not_supervised_and_the_mask_reaches_the_model():
 def test_rotated_scores_are_gradients_through_the_rotation():
     """Scores of W·T with inputs x·T, from the gradients of the rotated weights themselves."""
     model = build("llama")
-    found = mixllm_compiler.score(model, IDS, rotate=128)
+    found = mixllm_compiler.score(model, IDS, kind="fisher-sequence", labels="text", rotate=128)
     twin = build("llama")
     for module, _, _ in linear_modules(twin).values():
         rotate(module)
@@ -181,7 +183,9 @@ def test_where_logits_do_not_cover_the_ids_labels_are_drawn_from_the_model():
     model = build("llama")
     with torch.no_grad():
         likely = model(IDS, logits_to_keep=1).logits[:, -1].softmax(-1)
-    labels = torch.multinomial(likely, 1, generator=torch.Generator().manual_seed(0))
+    labels = torch.cat(
+        [draw(p[None], generator_of(p.device, 0, d))[:, None] for d, p in enumerate(likely)]
+    )
 
     def loss(twin: Any, d: int) -> Tensor:
         logits = twin(IDS[d : d + 1], use_cache=False, logits_to_keep=1).logits
