@@ -102,24 +102,35 @@ def plan(
     scores: Scores,
     *,
     bits: float | None = None,
+    bytes: int | None = None,
+    kl: float | None = None,
     preset: str = "best",
+    constant: float = 1.0,
+    floor: float = 0.0,
     **options: Any,
 ) -> Plan:
-    """One global allocation: the width of every output feature, inside a budget of true bits.
+    """One global allocation: the width of every output feature, inside one budget.
 
     Seconds, whatever the model's size: plan again for another budget.
 
     Args:
         bits: true bits per quantized weight (codes, scales, zero points, widths).
+        bytes: the same budget as a size.
+        kl: predicted KL in nats per token; the plan is the smallest that meets it.
         preset: "best" = knapsack over true bytes; "paper" = the top 10 % of features by count.
-        options: pins, exclude, widths of the backend; group and rotation are those of the scores.
+        constant, floor: predicted KL = constant · summed scores + floor.
+        options: pins, exclude, widths, tile, window, siblings, tp, formats_per_layer of the
+            backend; group and rotation are those of the scores.
     """
     # Scores of rotated inputs hold for rotated inputs only.
     made_with = {"group": scores.group, "rotate": int(scores.settings.get("rotate", 0))}
     opts = Options.parse({"bits": bits, "preset": preset, **made_with, **options})
     if "widths" not in options:
         opts = dataclasses.replace(opts, widths=tuple(f.bits for f in scores.formats))
-    return make_plan(scores, exclude=opts.exclude, **plan_arguments(opts))
+    arguments = plan_arguments(opts)
+    if bytes is not None or kl is not None:
+        arguments |= {"bits": bits, "bytes": bytes, "kl": kl}
+    return make_plan(scores, exclude=opts.exclude, constant=constant, floor=floor, **arguments)
 
 
 def quantize(

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .allocation.tiling import TILE, WINDOW, Tiling
 from .errors import OptionError, nearest
 from .formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
 
@@ -33,10 +34,16 @@ class Options:
         preset: "best" (sequence Fisher scores, byte-true knapsack) or "paper".
         widths: candidate bits per row.
         group: group size along K.
+        family: of formats, "asym" or "two-level"; all rows share one.
         rotate: block size of the Hadamard transform of every linear's input, 0 for none.
         lm_head: whether the output head is quantized too.
         exclude: name patterns of matrices that stay float.
         pins: name pattern → width for whole matrices.
+        tile: rows that share one width, 1 for free rows (preset "paper" always has those).
+        window: rows among which those of a tile are found, 0 for whole matrices.
+        siblings: whether tiles may cross matrices that read the same activation.
+        tp: devices that share each matrix by rows; tiles stay within a share.
+        formats_per_layer: most widths in one matrix (or siblings), None for any number.
         partial: allow a plan per piece when a graph break splits the model.
         pipeline: spec text (or a `Pipeline`) to run instead of the default one.
         disable: names of passes to leave out.
@@ -54,10 +61,16 @@ class Options:
     preset: str = "best"
     widths: tuple[int, ...] = (4, 8)
     group: int = DEFAULT_GROUP
+    family: str = "asym"
     rotate: int = 0
     lm_head: bool = False
     exclude: tuple[str, ...] = ()
     pins: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tile: int = TILE
+    window: int = WINDOW
+    siblings: bool = True
+    tp: int = 1
+    formats_per_layer: int | None = None
     partial: bool = False
     pipeline: Any = None
     disable: tuple[str, ...] = ()
@@ -77,11 +90,15 @@ class Options:
             listed = (value,) if isinstance(value, str | int) else tuple(value)
             object.__setattr__(self, name, listed)
         for bits in (*self.widths, *self.pins.values()):
-            RowFormat(bits, self.group)
+            RowFormat(bits, self.group, self.family)
         if not self.widths:
             raise OptionError(f"widths is empty; choose from {WIDTHS}")
         if self.bits is not None and not 1 < float(self.bits) <= 16:
             raise OptionError(f"bits = {self.bits} is no budget in bits per weight (1 to 16)")
+        _ = self.tiling
+        limit = self.formats_per_layer
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise OptionError(f"formats_per_layer = {limit!r} leaves rows no width; give 1 or more")
         if self.rotate and (self.rotate < 2 or self.rotate & (self.rotate - 1)):
             raise OptionError(f"rotate = {self.rotate}: a Hadamard block is a power of two, or 0")
 
@@ -113,6 +130,20 @@ class Options:
         raise OptionError(f"plan must be a Plan or a path, not {type(self.plan).__name__}")
 
     @property
+    def tiling(self) -> Tiling:
+        """What gets one width.
+
+        Raises:
+            OptionError: windows that cannot be cut into tiles.
+        """
+        return Tiling(self.tile, self.window, self.siblings, self.tp)
+
+    @property
+    def formats(self) -> tuple[RowFormat, ...]:
+        """Candidate formats of a row, narrow ones first."""
+        return tuple(RowFormat(b, self.group, self.family) for b in sorted(self.widths))
+
+    @property
     def activation_mode(self) -> str:
         """Per token when inputs are rotated, else per group (QUANTIZATION: rotation is what makes
         one scale a token enough).
@@ -128,10 +159,16 @@ class Options:
             self.preset,
             self.widths,
             self.group,
+            self.family,
             self.rotate,
             self.lm_head,
             self.exclude,
             sorted(self.pins.items()),
+            self.tile,
+            self.window,
+            self.siblings,
+            self.tp,
+            self.formats_per_layer,
         )
         return hashlib.sha256(repr(keys).encode()).hexdigest()[:16]
 

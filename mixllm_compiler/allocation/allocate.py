@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError, OptionError, nearest
+from ..errors import OptionError, nearest
 from ..formats.fingerprint import Fingerprint
 from ..formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
 from ..formats.tables import same_place
 from ..salience.scores import Scores
-from .knapsack import knapsack, limits
+from .budget import Budget
 from .paper import top_by_bytes, top_by_count
 from .plan import Certificate, Plan, SitePlan
-from .problem import Problem
+from .problem import Problem, RowTime
+from .search import best_tiles
+from .tiles import free_rows
+from .tiling import TILE, WINDOW, Tiling
 
 PRESETS = ("best", "paper")
 PAPER_WIDTHS = (4, 8)
@@ -30,12 +32,23 @@ def make_plan(
     *,
     bits: float | None = None,
     bytes: int | None = None,
+    kl: float | None = None,
     preset: str = "best",
     fraction: float = 0.1,
     widths: tuple[int, ...] | None = None,
     pins: Mapping[str, int] | None = None,
     exclude: Iterable[str] = (),
     float_sites: Mapping[str, str] | None = None,
+    tile: int = TILE,
+    window: int = WINDOW,
+    siblings: bool = True,
+    tp: int = 1,
+    granularity: str = "tiles",
+    formats_per_layer: int | None = None,
+    constant: float = 1.0,
+    floor: float = 0.0,
+    time: RowTime | None = None,
+    price: float = 0.0,
     activation_mode: str | None = None,
     rotation: int = 0,
 ) -> Plan:
@@ -44,7 +57,9 @@ def make_plan(
     Args:
         scores: expected loss of every row in every format.
         bits: budget in true bits per quantized weight: codes, scales, zero points, row widths.
-        bytes: the same budget as a size; preset "best" needs one of the two.
+        bytes: the same budget as a size.
+        kl: predicted KL in nats per token; the plan is the smallest that meets it. Preset "best"
+            needs one of the three.
         preset: "best": the byte-true knapsack; "paper": the rows with the largest loss in the
             low width get the high one, `fraction` of all rows or as many as the budget holds.
         fraction: share of rows, by count, that preset "paper" raises without a budget.
@@ -55,6 +70,17 @@ def make_plan(
         exclude: name patterns of matrices that stay float; they are outside of the budget.
         float_sites: name → reason of matrices that stay float anyway, in the fingerprint or not;
             they only travel with the plan.
+        tile: rows that share a width; 1 for free rows. Preset "paper" has free rows always.
+        window: rows among which those of a tile are found; 0 for whole matrices.
+        siblings: whether tiles may cross matrices that read the same activation.
+        tp: devices that share each matrix by rows: windows end where a share does.
+        granularity: for comparisons, what gets one width instead of "tiles": "rows", "linears",
+            or all "siblings" together.
+        formats_per_layer: most different widths of a matrix or, with `siblings`, of the matrices
+            that read one activation; pinned ones do not count.
+        constant, floor: predicted KL = constant · predicted loss + floor; see `Plan.predicted_kl`.
+        time: (matrix name, format) → seconds that a row takes, e.g. from a cost model.
+        price: nats per token that a second of all these rows' time is worth.
         activation_mode: "token" or "group"; by default "token" if inputs are rotated.
         rotation: Hadamard block that the scores were made with, 0 for none.
 
@@ -62,17 +88,21 @@ def make_plan(
     its `.weight`.
 
     Raises:
-        BudgetError: the budget is smaller than the smallest plan.
+        BudgetError: the budget is smaller than the smallest plan, or the KL than the best one's.
         OptionError: a pattern matches nothing, a width was not scored, or options contradict.
     """
+    budget = Budget(bits, bytes, kl, constant, floor)
+    tiling = Tiling(tile, window, siblings, tp).at(granularity)
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}.{nearest(preset, PRESETS)}")
-    if bits is not None and bytes is not None:
-        raise OptionError("give the budget as bits or as bytes, not both")
-    if preset == "best" and bits is None and bytes is None:
+    if preset == "best" and not budget.given:
         raise OptionError("preset 'best' needs a budget, for example bits=4.4")
     if not 0 <= fraction <= 1:
         raise OptionError(f"fraction = {fraction} is no share of rows; give 0 to 1")
+    if formats_per_layer is not None and formats_per_layer < 1:
+        raise OptionError(f"formats_per_layer = {formats_per_layer} leaves rows no width")
+    if kl is not None and (preset == "paper" or time is not None):
+        raise OptionError("a predicted KL is a budget of preset 'best' without time")
     default = PAPER_WIDTHS if preset == "paper" else scores.widths
     chosen = tuple(sorted(set(default if widths is None else widths)))
     kept = dict(float_sites or {})
@@ -87,20 +117,22 @@ def make_plan(
     names = [name for name in scores.loss if name not in kept]
     if not names:
         raise OptionError("no matrix is left to quantize: all are excluded or not scored")
-    problem = Problem.build(scores, names, chosen, pinned)
-    budget = _budget(problem, bits, bytes)
 
     certificate = None
     if preset == "best":
-        assert budget is not None
-        room = budget - problem.fixed_bytes
-        solution = knapsack(problem.loss, problem.cost, room, fill=True)
-        choice, predicted = solution.choice, solution.objective
-        certificate = Certificate(solution.objective, solution.bound, solution.gap)
+        problem = Problem.build(scores, names, chosen, pinned, time, price)
+        choice, solution = best_tiles(problem, tiling, budget, formats_per_layer)
+        certificate = Certificate(
+            solution.bytes + problem.fixed_bytes if kl is not None else solution.objective,
+            solution.bound + problem.fixed_bytes if kl is not None else solution.bound,
+            solution.gap,
+            "bytes" if kl is not None else "loss",
+        )
+        predicted = solution.objective if time is None else problem.predicted_loss(choice)
     else:
-        low, high = chosen
-        choice = _paper(problem, low, high, fraction, budget)
-        predicted = float(problem.loss.gather(1, choice.unsqueeze(1)).sum())
+        problem = Problem.build(scores, names, chosen, pinned)
+        choice = _paper(problem, chosen[0], chosen[1], fraction, budget)
+        predicted = problem.predicted_loss(choice)
     rows = problem.widths_of(choice)
     return Plan(
         fingerprint=scores.fingerprint,
@@ -111,10 +143,12 @@ def make_plan(
         float_sites=kept,
         activation_mode=activation_mode or ("token" if rotation else "group"),
         rotation=rotation,
-        asked=_asked(preset, bits, bytes, fraction),
+        asked=_asked(preset, budget, fraction),
         score_kind=scores.kind,
         predicted_loss=predicted,
         certificate=certificate,
+        constant=constant,
+        floor=floor,
     )
 
 
@@ -159,20 +193,21 @@ def uniform_plan(
     )
 
 
-def _paper(problem: Problem, low: int, high: int, fraction: float, budget: int | None) -> Tensor:
+def _paper(problem: Problem, low: int, high: int, fraction: float, budget: Budget) -> Tensor:
     """int64 [R] indices of formats by the paper's rule; pinned rows keep what they must have."""
+    items = free_rows(problem)
     at_low, at_high = problem.column(low), problem.column(high)
-    choice = problem.loss.argmin(1)  # a pinned row has one finite loss
-    free = ~problem.pinned
-    score, cost = problem.loss[free, at_low], problem.cost[free]
-    if budget is None:
+    choice = items.loss.argmin(1)  # a pinned row has one finite loss
+    free = ~problem.pinned[items.tensor]
+    score, cost = items.loss[free, at_low], items.cost[free]
+    if not budget.given:
         choice[free] = top_by_count(score, fraction, at_low, at_high)
     else:
         extra = cost[:, at_high] - cost[:, at_low]
-        pinned = problem.cost[~free].gather(1, choice[~free].unsqueeze(1))
-        spent = problem.fixed_bytes + int(pinned.sum()) + int(cost[:, at_low].sum())
-        choice[free] = top_by_bytes(score, extra, budget - spent, at_low, at_high)
-    taken = problem.loss.gather(1, choice.unsqueeze(1))
+        pinned = items.cost[~free].gather(1, choice[~free].unsqueeze(1))
+        room = budget.in_bytes(problem, items) - int(pinned.sum()) - int(cost[:, at_low].sum())
+        choice[free] = top_by_bytes(score, extra, room, at_low, at_high)
+    taken = items.loss.gather(1, choice.unsqueeze(1))
     if bool(taken.isinf().any()):
         raise OptionError(
             "preset 'paper' gives a row a width in which its score is infinite; exclude its "
@@ -181,44 +216,10 @@ def _paper(problem: Problem, low: int, high: int, fraction: float, budget: int |
     return choice
 
 
-def _budget(problem: Problem, bits: float | None, bytes: int | None) -> int | None:
-    """The budget in bytes, None if none was given.
-
-    Raises:
-        BudgetError: no plan is that small.
-    """
-    if bits is None and bytes is None:
-        return None
-    if bits is not None and not (math.isfinite(bits) and bits > 0):
-        raise BudgetError(f"bits = {bits} is no budget")
-    weights = problem.weights
-    if bits is not None:
-        budget = int(bits * weights / 8)
-        # Asking for the true bits of another plan must not lose its last byte to rounding.
-        budget += 8 * (budget + 1) / weights <= bits
-    else:
-        assert bytes is not None
-        budget = bytes
-    least, most = (size + problem.fixed_bytes for size in limits(problem.loss, problem.cost))
-    if budget < least:
-        raise BudgetError(
-            f"{8 * budget / weights:.3f} true bits ({budget:,} bytes) cannot be met: the "
-            f"{len(problem.tensors)} matrices take from {8 * least / weights:.3f} bits "
-            f"({least:,} bytes) to {8 * most / weights:.3f} bits ({most:,} bytes) in the widths "
-            "they may have, scales and zero points included. Raise the budget or allow smaller "
-            "widths."
-        )
-    return budget
-
-
-def _asked(preset: str, bits: float | None, bytes: int | None, fraction: float) -> str:
-    if bits is not None:
-        size = f"{bits:.2f} bits" if round(bits, 2) == bits else f"{bits:g} bits"
-    elif bytes is not None:
-        size = f"{bytes:,} bytes"
-    else:
+def _asked(preset: str, budget: Budget, fraction: float) -> str:
+    if not budget.given:
         return f"paper {100 * fraction:g} %"
-    return f"paper at {size}" if preset == "paper" else size
+    return f"paper at {budget}" if preset == "paper" else str(budget)
 
 
 def _check_widths(widths: Sequence[int], pins: Iterable[int], scores: Scores) -> None:

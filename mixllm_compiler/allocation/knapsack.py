@@ -1,18 +1,22 @@
 """One format for each row within a number of bytes: the multiple-choice knapsack.
 
-Every row offers (bytes, loss) points. Only points on the lower convex hull of a row can be worth
+Every row (or tile of rows, or whole matrix: whatever is chosen for as one) offers (bytes, loss)
+points. Only points on the lower convex hull of a row can be worth
 their bytes, and along a hull each step up saves less loss per byte than the step before. Taking
 the best steps of all rows until the bytes run out solves the linear relaxation, up to the one
 step that no longer fits; single steps that still fit then spend what is left.
 
 How good the answer is does not depend on any of this: for every price λ ≥ 0 of a byte,
 Σ_r min_f (loss + λ·bytes) − λ·budget is at most the loss of any allocation within the budget.
+
+The other question, the fewest bytes within a loss, is the same problem with loss and bytes
+exchanged, and is answered by the same lines.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +30,8 @@ _SORT = 1 << 18  # steps that are sorted; of more, the clear cases are decided f
 _PIVOTS = 1024  # steps that a pivot is the median of
 _REFILL = 4096  # steps tried one by one in a round of spending what is left
 _CORE = 96  # steps around the break that are chosen exactly
-_CORE_BYTES = 1 << 17  # and how many bytes they may take together
+_SLOTS = 1 << 17  # numbers of bytes that this tells apart
+_LOSS_UNITS = 1 << 50  # whole numbers that stand for losses, exact as float64
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,11 @@ class Solution:
         choice: int64 [R], index of the format of every row.
         objective: total loss of the choice.
         bytes: total bytes of the choice, at most the budget.
-        bound: no allocation within the budget has a loss below it (to rounding, 1e-12 relative).
-        gap: (objective − bound) / objective, 0 for an objective of 0.
+        bound: no allocation within the budget has a loss below it (to rounding, 1e-12 relative);
+            of `cheapest`: no allocation within the loss takes fewer bytes.
+        gap: (objective − bound) / objective, of `cheapest` (bytes − bound) / bytes; 0 for 0.
+        price: λ of the bound, what another byte would save (`cheapest`: what another unit of
+            loss would).
     """
 
     choice: Tensor
@@ -46,6 +54,11 @@ class Solution:
     bytes: int
     bound: float
     gap: float
+    price: float
+
+
+Solver = Callable[[Tensor, Tensor, int], Solution]
+"""(loss [R, F], cost [R, F], budget) → allocation: `knapsack`, or one with further rules."""
 
 
 def knapsack(loss: Tensor, cost: Tensor, budget: int, *, fill: bool = False) -> Solution:
@@ -78,11 +91,51 @@ def knapsack(loss: Tensor, cost: Tensor, budget: int, *, fill: bool = False) -> 
     _polish(steps, levels, price, budget - int(spent))
     choice = _formats(steps, levels)
     _refill(loss, cost, choice, budget - int(_picked(cost, choice).sum()))
+    return certified(loss, cost, choice, lower_bound(loss, cost, budget, price), price)
+
+
+def certified(loss: Tensor, cost: Tensor, choice: Tensor, bound: float, price: float) -> Solution:
+    """The solution that `choice` is, with the gap to a bound on the loss."""
     objective = float(_picked(loss, choice).sum())
     # Rounding can lift a tight bound above the objective by a few units in the last place.
-    bound = min(lower_bound(loss, cost, budget, price), objective)
+    bound = min(bound, objective)
     gap = (objective - bound) / objective if objective > 0 else 0.0
-    return Solution(choice, objective, int(_picked(cost, choice).sum()), bound, gap)
+    return Solution(choice, objective, int(_picked(cost, choice).sum()), bound, gap, price)
+
+
+def cheapest(loss: Tensor, cost: Tensor, target: float, solver: Solver = knapsack) -> Solution:
+    """Choose one format per row with Σ loss ≤ target and, nearly, the fewest bytes.
+
+    Losses are rounded up to whole multiples of target · 2⁻⁵⁰ (of target · R · 2⁻⁶² if that is
+    more), so the target holds; bytes take the place of the loss.
+
+    Args:
+        loss, cost: as for `knapsack`.
+        target: for all rows, at least 0.
+        solver: answers the exchanged problem.
+
+    Raises:
+        BudgetError: even the best formats lose more than the target.
+        ValueError: as for `knapsack`.
+    """
+    loss, cost = _checked(loss, cost)
+    best = float(loss.amin(1).sum())
+    if best > target:
+        raise BudgetError(f"a loss of {target:.4g} cannot be met: the rows lose {best:.4g} or more")
+    units = min(_LOSS_UNITS, (1 << 62) // max(1, len(loss)))
+    unit = target / units or 1.0
+    # What loses more than the target alone is no choice, nor would a sum of it stay in int64.
+    far = loss > target
+    rounded = (loss.masked_fill(far, 0) / unit).ceil().long()
+    # Rounding up must not refuse a target that the best formats meet just so.
+    room = max(units, int(rounded.masked_fill(far, units).amin(1).sum()))
+    swapped = solver(cost.double().masked_fill(far, math.inf), rounded, room)
+    bytes_ = int(swapped.objective)
+    # Without the rounding every row would be cheaper by at most one unit.
+    bound = min(max(swapped.bound - swapped.price * (len(loss) + units - room), 0.0), bytes_)
+    gap = (bytes_ - bound) / bytes_ if bytes_ else 0.0
+    objective = float(_picked(loss, swapped.choice).sum())
+    return Solution(swapped.choice, objective, bytes_, bound, gap, swapped.price / unit)
 
 
 def limits(loss: Tensor, cost: Tensor) -> tuple[int, int]:
@@ -201,7 +254,7 @@ def _take(steps: _Steps, room: int) -> tuple[Tensor, float]:
 
 
 def _polish(steps: _Steps, levels: Tensor, price: float, left: int) -> None:
-    """Choose the steps nearest to the break exactly, in place: a 0/1 knapsack over that core.
+    """Choose the steps nearest to the break best, in place: a 0/1 knapsack over that core.
 
     Taking steps by worth leaves bytes over that the next step is too large for. Which steps of
     nearly the same worth fill them best is a small dynamic programme; all far from the break
@@ -223,12 +276,12 @@ def _polish(steps: _Steps, levels: Tensor, price: float, left: int) -> None:
     core = core[distance[core].isfinite()]
     step = torch.where(undo[core], down[core], up[core])
     size = steps.extra[step, core]
-    fits = size.cumsum(0) <= _CORE_BYTES
-    core, step, size = core[fits], step[fits], size[fits]
     gains = steps.worth[step, core] * size
     room = left + int(size[undo[core]].sum())
-    picked = _zero_one(size.tolist(), gains.tolist(), room)
-    levels[core] = step + torch.tensor(picked, dtype=torch.int64)
+    picked = torch.tensor(_zero_one(size.tolist(), gains.tolist(), room), dtype=torch.int64)
+    # Sizes in few slots are rounded up, so that what was taken already may be the best.
+    if float((gains * picked).sum()) >= float(gains[undo[core]].sum()):
+        levels[core] = step + picked
 
 
 def _distance(steps: _Steps, step: Tensor, possible: Tensor, price: float) -> Tensor:
@@ -238,14 +291,19 @@ def _distance(steps: _Steps, step: Tensor, possible: Tensor, price: float) -> Te
 
 
 def _zero_one(sizes: list[int], gains: list[float], room: int) -> list[int]:
-    """The exact 0/1 knapsack by dynamic programming over bytes: 1 for what is taken."""
+    """The 0/1 knapsack by dynamic programming over bytes: 1 for what is taken.
+
+    Exact if the room has at most `_SLOTS` multiples of the sizes' common divisor; else sizes are
+    rounded up to a multiple of room / `_SLOTS`.
+    """
     room = min(room, sum(sizes))
     unit = math.gcd(*sizes) if sizes else 1
+    unit = max(unit, -(-room // _SLOTS))
     slots = room // unit
     best = np.zeros(slots + 1)
     take = np.zeros((len(sizes), slots + 1), dtype=bool)
     for i, (size, gain) in enumerate(zip(sizes, gains, strict=True)):
-        s = size // unit
+        s = -(-size // unit)
         if s > slots:
             continue
         with_it = best[: slots + 1 - s] + gain
@@ -254,7 +312,7 @@ def _zero_one(sizes: list[int], gains: list[float], room: int) -> list[int]:
     picked, left = [0] * len(sizes), slots
     for i in reversed(range(len(sizes))):
         if take[i, left]:
-            picked[i], left = 1, left - sizes[i] // unit
+            picked[i], left = 1, left - -(-sizes[i] // unit)
     return picked
 
 

@@ -90,14 +90,18 @@ class Certificate:
     """How far from the best allocation a plan can be (see `knapsack.Solution`).
 
     Attributes:
-        objective: predicted loss of the plan, nats per token.
-        bound: no plan within the same bytes is predicted to lose less.
+        objective: predicted loss of the plan, nats per token, with the price of its time if one
+            was given. For a plan that was asked for by its KL, its bytes.
+        bound: no plan of the same tiles within the same bytes is predicted to lose less; none
+            within the same loss takes fewer bytes.
         gap: (objective − bound) / objective.
+        of: what was minimized, "loss" or "bytes".
     """
 
     objective: float
     bound: float
     gap: float
+    of: str = "loss"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +119,9 @@ class Plan:
         score_kind: kind of the scores it was made from, `""` without scores.
         predicted_loss: expected increase of the loss in nats per token, None without scores.
         certificate: for plans of the knapsack.
+        constant, floor: predicted KL = constant · predicted loss + floor. Scores are of another
+            rounding than the one that follows, and activations cost something, too; both are
+            measured once per model and recipe.
         version: of the meaning of these fields.
     """
 
@@ -127,6 +134,8 @@ class Plan:
     score_kind: str = ""
     predicted_loss: float | None = None
     certificate: Certificate | None = None
+    constant: float = 1.0
+    floor: float = 0.0
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -168,6 +177,13 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    @property
+    def predicted_kl(self) -> float | None:
+        """Expected KL to the float model in nats per token, None without scores."""
+        if self.predicted_loss is None:
+            return None
+        return self.constant * self.predicted_loss + self.floor
 
     # A compiler's options are copied on the way; a copy that is the same object costs no guard.
     def __copy__(self) -> Plan:
@@ -246,7 +262,9 @@ class Plan:
             "asked": self.asked,
             "score_kind": self.score_kind,
             "predicted_loss": self.predicted_loss,
-            "certificate": None if c is None else [c.objective, c.bound, c.gap],
+            "certificate": None if c is None else [c.objective, c.bound, c.gap, c.of],
+            "constant": self.constant,
+            "floor": self.floor,
         }
         save_tensors(path, "plan", VERSION, {n: s.widths for n, s in self.sites.items()}, document)
 
@@ -275,6 +293,8 @@ class Plan:
             score_kind=document["score_kind"],
             predicted_loss=document["predicted_loss"],
             certificate=None if certificate is None else Certificate(*certificate),
+            constant=document.get("constant", 1.0),  # older files have neither
+            floor=document.get("floor", 0.0),
             version=document["plan"],
         )
 

@@ -17,8 +17,15 @@ def summary(plan: Plan) -> str:
     if plan.predicted_loss is not None:
         kind = f" ({plan.score_kind})" if plan.score_kind else ""
         lines.append(f"predicted loss +{plan.predicted_loss:.4g} nats per token{kind}")
+        if (plan.constant, plan.floor) != (1, 0):
+            lines.append(f"predicted KL {plan.predicted_kl:.4g} nats per token")
     if plan.certificate is not None:
-        lines.append(f"gap to the best plan of this size at most {plan.certificate.gap:.1e}")
+        best = (
+            "smallest plan of this loss"
+            if plan.certificate.of == "bytes"
+            else "best plan of this size"
+        )
+        lines.append(f"gap to the {best} at most {plan.certificate.gap:.1e}")
     if plan.sites:
         lines.append(_table(plan))
     reasons: dict[tuple[str, str], int] = Counter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,24 +13,32 @@ from ..errors import OptionError
 from ..formats.row_format import RowFormat, width_bytes
 from ..salience.scores import Scores
 
+RowTime = Callable[[str, RowFormat], float]
+"""(matrix name, format) → seconds that one row of it takes."""
+
 
 @dataclass(frozen=True)
 class Problem:
-    """R rows, F formats.
+    """T tensors of R rows in all, F formats.
 
     Attributes:
         formats: F candidate formats.
         tensors: names of every distinct tensor (tied ones share theirs), in row order.
         shapes: (N, K) of every tensor; the N add up to R.
-        loss: float64 [R, F] nats per token, infinite where a format is not allowed.
-        cost: int64 [R, F] bytes of the stored row.
-        pinned: bool [R], rows whose width the user set.
+        siblings: for every tensor the number of the first one that reads the same activation.
+        loss: float64 [R, F] nats per token with the price of a row's time, infinite where a format
+            is not allowed.
+        time: float64 [T, F] that price.
+        cost: int64 [T, F] bytes of a stored row.
+        pinned: bool [T], tensors whose width the user set.
     """
 
     formats: tuple[RowFormat, ...]
     tensors: tuple[tuple[str, ...], ...]
     shapes: tuple[tuple[int, int], ...]
+    siblings: tuple[int, ...]
     loss: Tensor
+    time: Tensor
     cost: Tensor
     pinned: Tensor
 
@@ -41,6 +49,8 @@ class Problem:
         names: Sequence[str],
         widths: Collection[int],
         pins: Mapping[str, int],
+        time: RowTime | None = None,
+        price: float = 0.0,
     ) -> Problem:
         """Lay out the matrices `names`.
 
@@ -51,6 +61,8 @@ class Problem:
             names: matrices to quantize.
             widths: bits that rows may have.
             pins: matrix name → bits that all its rows have, in `widths` or not.
+            time: seconds of a row by matrix name and format; those of tied names add up.
+            price: nats per token that a second is worth.
 
         Raises:
             OptionError: a row may have none of the formats it is left with, or names of one tensor
@@ -60,33 +72,41 @@ class Problem:
         for name in names:
             tensors[tuple(t for t in scores.fingerprint.twins(name) if t in names)] = None
         formats = scores.formats
-        losses, costs, shapes, pinned = [], [], [], []
-        for twins in tensors:
-            n, k = scores.shapes[twins[0]]
+        shapes = tuple(scores.shapes[twins[0]] for twins in tensors)
+        loss = torch.empty(sum(n for n, _ in shapes), len(formats), dtype=torch.float64)
+        priced = torch.zeros(len(tensors), len(formats), dtype=torch.float64)
+        pinned = []
+        parts = loss.split([n for n, _ in shapes])
+        for twins, rows, extra in zip(tensors, parts, priced, strict=True):
             asked = {pins[name] for name in twins if name in pins}
             if len(asked) > 1:
                 raise OptionError(f"{' and '.join(twins)} are one tensor, pinned to two widths")
             allowed = asked or set(widths)
-            loss = torch.stack([scores.loss[name].cpu().double() for name in twins]).sum(0)
-            loss[:, [f.bits not in allowed for f in formats]] = math.inf
-            stuck = loss.isinf().all(1)
+            rows.zero_()
+            for name in twins:
+                rows += scores.loss[name].cpu()
+            if time is not None:
+                seconds = [sum(time(name, f) for name in twins) for f in formats]
+                extra += price * torch.tensor(seconds, dtype=torch.float64)
+                rows += extra
+            rows[:, [f.bits not in allowed for f in formats]] = math.inf
+            stuck = rows.isinf().all(1)
             if bool(stuck.any()):
                 raise OptionError(
                     f"row {int(stuck.nonzero()[0])} of {twins[0]} has an infinite score in every "
                     f"width it may have ({', '.join(map(str, sorted(allowed)))}); allow more "
                     "widths or exclude the matrix"
                 )
-            losses.append(loss)
-            costs.append(torch.tensor([f.row_bytes(k) for f in formats]).expand(n, -1))
-            pinned.append(torch.full((n,), bool(asked)))
-            shapes.append((n, k))
+            pinned.append(bool(asked))
         return cls(
             formats,
             tuple(tensors),
-            tuple(shapes),
-            torch.cat(losses),
-            torch.cat(costs),
-            torch.cat(pinned),
+            shapes,
+            _siblings(tensors, scores.siblings),
+            loss,
+            priced,
+            torch.tensor([[f.row_bytes(k) for f in formats] for _, k in shapes]),
+            torch.tensor(pinned),
         )
 
     @property
@@ -99,9 +119,23 @@ class Problem:
         """Bytes that are there whatever is chosen: the tables of row widths."""
         return sum(width_bytes(n) for n, _ in self.shapes)
 
+    @property
+    def tensor_of_row(self) -> Tensor:
+        """int64 [R], number of the tensor of every row."""
+        return torch.arange(len(self.shapes)).repeat_interleave(
+            torch.tensor([n for n, _ in self.shapes])
+        )
+
     def column(self, bits: int) -> int:
         """Index of the format of that width."""
         return [f.bits for f in self.formats].index(bits)
+
+    def predicted_loss(self, choice: Tensor) -> float:
+        """Nats per token that rows lose in the formats `choice`, int64 [R]; time costs nothing."""
+        total = float(self.loss.gather(1, choice.unsqueeze(1)).sum())
+        if bool(self.time.any()):
+            total -= float(self.time[self.tensor_of_row, choice].sum())
+        return total
 
     def widths_of(self, choice: Tensor) -> dict[str, Tensor]:
         """Matrix name → uint8 [N] bits of its rows, from int64 [R] indices of formats."""
@@ -112,3 +146,13 @@ class Problem:
             for twins, part in zip(self.tensors, parts, strict=True)
             for name in twins
         }
+
+
+def _siblings(tensors: Collection[tuple[str, ...]], siblings: Mapping[str, str]) -> tuple[int, ...]:
+    """For every tensor the number of the first one in its group; its own if it is alone."""
+    first: dict[str, int] = {}
+    numbers = []
+    for number, twins in enumerate(tensors):
+        group = next((siblings[name] for name in twins if name in siblings), None)
+        numbers.append(number if group is None else first.setdefault(group, number))
+    return tuple(numbers)

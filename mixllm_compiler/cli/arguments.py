@@ -72,6 +72,34 @@ Pin = Annotated[
         panel=_PLANNING,
     ),
 ]  # fmt: skip
+Tile = Annotated[
+    int | None,
+    _option("--tile", help="Rows that share one width; 64 by default, 1 for free rows.",
+            panel=_PLANNING),
+]  # fmt: skip
+Window = Annotated[
+    int | None,
+    _option(
+        "--window", help="Rows among which those of a tile are found; 1,024 by default, 0 for all.",
+        panel=_PLANNING,
+    ),
+]  # fmt: skip
+Siblings = Annotated[
+    bool,
+    _option(
+        "--siblings/--no-siblings",
+        help="Whether tiles may cross matrices that read the same activation; they may by default.",
+        panel=_PLANNING,
+    ),
+]
+TensorParallel = Annotated[
+    int | None,
+    _option("--tp", help="Devices that share each matrix by rows.", panel=_PLANNING),
+]
+FormatsPerLayer = Annotated[
+    int | None,
+    _option("--formats-per-layer", help="Most widths in one matrix.", panel=_PLANNING),
+]
 Data = Annotated[
     str,
     _option(
@@ -123,6 +151,11 @@ def planning_options(
     lm_head: bool = False,
     exclude: list[str] | None = None,
     pin: list[str] | None = None,
+    tile: int | None = None,
+    window: int | None = None,
+    siblings: bool = True,
+    tp: int | None = None,
+    formats_per_layer: int | None = None,
 ) -> dict[str, Any]:
     """The backend's options behind these arguments; what was not given is left out.
 
@@ -132,10 +165,17 @@ def planning_options(
     options: dict[str, Any] = {}
     if widths is not None:
         options["widths"] = _widths(widths)
-    if group is not None:
-        options["group"] = group
-    if rotate is not None:
-        options["rotate"] = rotate
+    numbers = {
+        "group": group,
+        "rotate": rotate,
+        "tile": tile,
+        "window": window,
+        "tp": tp,
+        "formats_per_layer": formats_per_layer,
+    }
+    options |= {name: number for name, number in numbers.items() if number is not None}
+    if not siblings:
+        options["siblings"] = False
     if lm_head:
         options["lm_head"] = True
     if exclude:

@@ -80,10 +80,28 @@ def plan(
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `mixllm score` wrote.")],
     out: Out = Path("plan.safetensors"),
     bits: arg.Bits = None,
+    bytes: Annotated[
+        int | None, typer.Option("--bytes", help="Budget in bytes of all quantized weights.")
+    ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option("--kl", help="Predicted KL in nats per token: the smallest plan within it."),
+    ] = None,
+    constant: Annotated[
+        float, typer.Option("--constant", help="Predicted KL is this × predicted loss + floor.")
+    ] = 1.0,
+    floor: Annotated[
+        float, typer.Option("--floor", help="What activations add to the predicted KL.")
+    ] = 0.0,
     preset: arg.Preset = "best",
     widths: arg.Widths = None,
     exclude: arg.Exclude = None,
     pin: arg.Pin = None,
+    tile: arg.Tile = None,
+    window: arg.Window = None,
+    siblings: arg.Siblings = True,
+    tp: arg.TensorParallel = None,
+    formats_per_layer: arg.FormatsPerLayer = None,
 ) -> Output:
     """Give every output feature a width, inside one budget for the whole model.
 
@@ -92,15 +110,31 @@ def plan(
     Examples:
         mixllm plan scores.safetensors --bits 4.7
         mixllm plan scores.safetensors --bits 4.5 --pin '*.down_proj=8' -o plan45.safetensors
+        mixllm plan scores.safetensors --kl 0.003 --formats-per-layer 2
     """
     from .. import api
-    from ..options import DEFAULT_BITS
     from ..salience.scores import Scores
 
-    if bits is None and preset == "best":
-        bits = DEFAULT_BITS
-    options = arg.planning_options(widths=widths, exclude=exclude, pin=pin)
-    made = api.plan(Scores.load(scores), bits=bits, preset=preset, **options)
+    options = arg.planning_options(
+        widths=widths,
+        exclude=exclude,
+        pin=pin,
+        tile=tile,
+        window=window,
+        siblings=siblings,
+        tp=tp,
+        formats_per_layer=formats_per_layer,
+    )
+    made = api.plan(
+        Scores.load(scores),
+        bits=bits,
+        bytes=bytes,
+        kl=kl,
+        preset=preset,
+        constant=constant,
+        floor=floor,
+        **options,
+    )
     made.save(out)
     certificate = made.certificate
     found = {
@@ -111,6 +145,7 @@ def plan(
         "true_bytes": made.true_bytes,
         "rows": made.rows_per_width(),
         "predicted_loss": made.predicted_loss,
+        "predicted_kl": made.predicted_kl,
         "gap": None if certificate is None else certificate.gap,
         "activation_mode": made.activation_mode,
         "rotation": made.rotation,

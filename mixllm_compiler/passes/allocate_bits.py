@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from ..allocation.allocate import make_plan
 from ..allocation.plan import Plan
@@ -58,10 +59,9 @@ def plan_graph(graph: MixGraph, ctx: Context) -> Plan:
     """Plan all matrices of one graph from the scores that passes left on them."""
     matrices = graph.active()
     options = ctx.options
-    formats = tuple(RowFormat(b, options.group) for b in sorted(options.widths))
     scores = Scores(
         kind=ctx.score_kind,
-        formats=formats,
+        formats=options.formats,
         loss={m.name: m.losses for m in matrices if m.losses is not None},
         shapes={m.name: (m.n, m.k) for m in matrices},
         fingerprint=fingerprint({m.name: m.stored() for m in matrices}),
@@ -69,8 +69,24 @@ def plan_graph(graph: MixGraph, ctx: Context) -> Plan:
         sequences=ctx.sequences,
         settings={},
         group=options.group,
+        siblings=siblings(graph),
     )
     return make_plan(scores, **plan_arguments(options))
+
+
+def siblings(graph: MixGraph) -> dict[str, str]:
+    """Matrix name → name of the first matrix that reads the same value, where there are several."""
+    readers: dict[fx.Node, list[str]] = {}
+    for node, site in graph.sites():
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        if site.matrix not in readers.setdefault(value, []):
+            readers[value].append(site.matrix)
+    found: dict[str, str] = {}
+    for names in readers.values():
+        if len(names) > 1:
+            found |= {name: names[0] for name in names if name not in found}
+    return found
 
 
 def plan_arguments(options: Options) -> dict[str, Any]:
@@ -84,6 +100,11 @@ def plan_arguments(options: Options) -> dict[str, Any]:
         "fraction": PAPER_FRACTION,
         "widths": options.widths,
         "pins": options.pins,
+        "tile": options.tile,
+        "window": options.window,
+        "siblings": options.siblings,
+        "tp": options.tp,
+        "formats_per_layer": options.formats_per_layer,
         "activation_mode": options.activation_mode,
         "rotation": options.rotate,
     }

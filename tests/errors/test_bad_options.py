@@ -37,7 +37,7 @@ def _without_gradients():
     [
         ({"bit": 4.4}, "unknown option 'bit'. Did you mean 'bits'?"),
         ({"pre_set": "paper"}, "unknown option 'pre_set'. Did you mean 'preset'?"),
-        ({"xyz": 1}, "unknown option 'xyz'. Known: bits, disable, dump, exclude, group"),
+        ({"xyz": 1}, "unknown option 'xyz'. Known: bits, disable, dump, exclude, f"),
         ({"preset": "papr"}, "unknown preset 'papr'. Did you mean 'paper'?"),
         ({"lower": "inducto"}, "unknown lower 'inducto'. Did you mean 'inductor'?"),
         ({"pipeline": "anotate-linears"}, "unknown pass 'anotate-linears'. Did you mean 'annotate"),
@@ -46,6 +46,9 @@ def _without_gradients():
         ({"widths": (4, 7)}, "a row cannot have 7 bits; widths are (2, 3, 4, 5, 6, 8)"),
         ({"widths": ()}, "widths is empty; choose from (2, 3, 4, 5, 6, 8)"),
         ({"pins": {"0": 9}}, "a row cannot have 9 bits"),
+        ({"window": 100}, "a window of 100 rows cannot be cut into tiles of 64; take window=128"),
+        ({"tp": 0}, "tp = 0 is no number of rows from 1 on"),
+        ({"formats_per_layer": 0}, "formats_per_layer = 0 leaves rows no width"),
         ({"group": 100}, "group size 100 is not a multiple of 16"),
         ({"bits": 0.5}, "bits = 0.5 is no budget in bits per weight (1 to 16)"),
         ({"rotate": 100}, "rotate = 100: a Hadamard block is a power of two, or 0"),

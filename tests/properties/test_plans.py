@@ -47,7 +47,7 @@ def scored_models(draw):
 @given(scored_models())
 def test_the_bits_are_true_and_within_the_budget(case):
     weights, scores, bits = case
-    plan = make_plan(scores, bits=bits)
+    plan = make_plan(scores, bits=bits, tile=1)
     stored = [quantize_rtn(weights[n], s.widths, s.group) for n, s in plan.distinct().items()]
     assert plan.true_bits == true_bits(stored) <= bits
     # Every row's loss falls with its width: what is left holds no further step of any row.
@@ -66,5 +66,5 @@ def test_no_rule_of_the_paper_beats_the_bound(case, fraction):
     if low == high:
         return
     paper = make_plan(scores, preset="paper", widths=(low, high), fraction=fraction)
-    best = make_plan(scores, bytes=paper.true_bytes)
+    best = make_plan(scores, bytes=paper.true_bytes, tile=1)
     assert best.certificate.bound <= paper.predicted_loss * (1 + 1e-9)
