@@ -35,6 +35,16 @@ def test_the_backend_asks_first(monkeypatch):
     assert isinstance(error, compat.IncompatibleTorch)
 
 
+def test_fast_products_are_exact_and_leave_the_setting_as_it_was():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    a, b = activations(300, k=256), activations(200, k=256, seed=2)
+    with compat.fast_products():
+        found = a @ b.t()
+    exact = a.double() @ b.double().t()
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 def test_a_stamp_changes_with_every_write_that_can_be_seen():
     weight = nn.Parameter(torch.zeros(4))
     with torch.no_grad():

@@ -79,7 +79,11 @@ def _found(
 ) -> Found:
     graph = captured.graph
     if spec.kind == "weight-error":
-        losses = {m.name: weight_error(m.value(), spec.formats).cpu() for m in graph.active()}
+        losses = {}
+        for i, matrix in enumerate(matrices := graph.active(), 1):
+            losses[matrix.name] = weight_error(matrix.value(), spec.formats).cpu()
+            if progress is not None:
+                progress(i, len(matrices))
         return Found(losses, {}, 0, 0, "")
     if stops := gradient_stops(graph):
         raise UnsupportedModel(

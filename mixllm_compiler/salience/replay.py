@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .. import compat
 from ..calibration.segments import Segment, SegmentInterpreter
 from ..ir.graph import MixGraph, mutated_inputs
 from .blocks import segments_within
@@ -76,7 +77,7 @@ def score_graph(
     Raises:
         UnsupportedModel: logits or gradients that are not finite.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), compat.fast_products():
         return _Replay(graph, batches, spec, token_weights, progress).run()
 
 

@@ -145,8 +145,8 @@ def check_tokens(ids: Tensor, weights: Tensor | None) -> None:
         tokens = int((weights[:, 1:] > 0).sum())
     if tokens < MIN_TOKENS:
         raise OptionError(
-            f"{tokens} tokens have a loss ({ids.shape[0]} sequences of {ids.shape[1]}, whose first "
-            f"token has none), fewer than the {MIN_TOKENS} that scores need at least; give more text"
+            f"{tokens} tokens have a loss ({ids.shape[0]} sequences of {ids.shape[1]}, the "
+            f"first without one), fewer than the {MIN_TOKENS} that scores need; give more text"
         )
 
 

@@ -50,15 +50,15 @@ def test_scores_come_back_from_their_file(scores, tmp_path):
 def test_progress_is_told_after_every_batch():
     seen = []
     mixllm_compiler.score(
-        build("llama"), token_ids(5, 20), batch=2, progress=lambda done, of: seen.append((done, of))
+        build("llama"), token_ids(6, 20), batch=2, progress=lambda done, of: seen.append((done, of))
     )
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_model_is_scored_on_text_that_it_writes_itself():
     found = mixllm_compiler.score(build("llama"), sequences=2, length=30)
     assert (found.sequences, found.tokens, found.settings["data"]) == (2, 2 * 29, "self")
-    assert found.settings["loss"] == "next-token"
+    assert found.settings["loss"] == "sampled labels"
 
 
 def test_a_model_is_scored_on_a_text_file_and_on_texts(tmp_path):
@@ -147,7 +147,7 @@ def test_options_of_score_and_plan_go_through_compile():
         ((8, 128),),
         ((8, 128),),
     ]
-    assert seen == [(1, 2), (2, 2)]
+    assert seen == [(i, 11) for i in range(1, 12)]  # matrix by matrix
 
 
 @torch.no_grad()

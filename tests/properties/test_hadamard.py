@@ -60,3 +60,9 @@ def test_other_blocks_are_refused(block):
     if block < 1 or block & (block - 1):
         with pytest.raises(OptionError, match="power of two"):
             hadamard_matrix(block)
+
+
+def test_large_tensors_get_the_bits_of_their_rows():
+    x = torch.randn(3, 130, 256)
+    rows = torch.stack([block_hadamard(row, 128) for row in x.flatten(0, 1)])
+    assert torch.equal(block_hadamard(x, 128), rows.view(x.shape))

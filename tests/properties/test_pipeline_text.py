@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given
 
 from mixllm_compiler.errors import OptionError
-from mixllm_compiler.passes.annotate_salience import AnnotateSalience
+from mixllm_compiler.passes.annotate_salience import PASS_KINDS, AnnotateSalience
 from mixllm_compiler.passes.base import Pass, parse_value
 from mixllm_compiler.passes.pipeline import OWN_PASSES, Pipeline, default_pipeline, parse
 from mixllm_compiler.passes.registry import register_pass, unregister_pass
 from mixllm_compiler.passes.rotate_inputs import RotateInputs
-from mixllm_compiler.passes.annotate_salience import PASS_KINDS
 
 PLAIN = st.sampled_from([p for p in OWN_PASSES if p not in (RotateInputs, AnnotateSalience)])
 PASSES = st.one_of(
