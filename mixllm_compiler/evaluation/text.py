@@ -48,6 +48,10 @@ class Windows:
         """Predicted tokens of all windows."""
         return self.ids.shape[0] * (self.ids.shape[1] - 1)
 
+    def first(self, count: int) -> Windows:
+        """The first windows."""
+        return Windows(self.ids[:count], self.bytes[:count])
+
 
 def read_windows(
     path: str | Path,

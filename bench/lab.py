@@ -1,0 +1,226 @@
+"""A model, its texts, and what quality benches do with them: score, plan, quantize, measure.
+
+Scores are made once per (kind, format, rotation, …) and shared; the float model runs once per text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mixllm_compiler import Plan, Scores, quantize, score
+from mixllm_compiler.evaluation.measure import Quality, compare, kl_ratio
+from mixllm_compiler.evaluation.text import Windows, read_windows
+from mixllm_compiler.formats.bits import true_bits
+from mixllm_compiler.formats.row_format import WIDTHS
+from mixllm_compiler.modules import PackedLinear
+from mixllm_compiler.passes.quantize_model import Recipe, dequantized
+from mixllm_compiler.transforms.hadamard import block_for, block_hadamard
+
+TEXTS = ("wikitext2_test", "gutenberg_test")
+ROTATION = 128
+ONE_SHOT = Recipe(propagate=False, refit=False, sweeps=0)  # GPTQ + clip, as published
+FULL = Recipe()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantized model: what a table shows a row of."""
+
+    label: str
+    plan: Plan
+    true_bits: float
+    seconds: float
+    quality: Mapping[str, Quality]
+
+    def kl(self, text: str = TEXTS[0]) -> float:
+        return self.quality[text].mean_kl.value
+
+    def row(self, baseline: Line | None = None) -> dict[str, Any]:
+        """For the JSON: true bits, seconds of quantizing, KL with its error, top-1, perplexity."""
+        row: dict[str, Any] = {
+            "plan": self.label,
+            "true bits": round(self.true_bits, 4),
+            "seconds": round(self.seconds, 1),
+        }
+        for text, quality in self.quality.items():
+            row[f"KL {text}"] = _digits(quality.mean_kl.value)
+            row[f"se {text}"] = _digits(quality.mean_kl.se, 2)
+            row[f"top-1 {text}"] = round(quality.top1.value, 4)
+            row[f"perplexity {text}"] = round(quality.perplexity, 3)
+            if baseline is not None:
+                ratio = kl_ratio(quality, baseline.quality[text])
+                row[f"ratio {text}"] = round(ratio.value, 4)
+                row[f"ratio se {text}"] = round(ratio.se, 4)
+        if baseline is not None:
+            row["of"] = baseline.label
+        if self.plan.predicted_loss is not None:
+            row["score sum"] = _digits(self.plan.predicted_loss)
+        row["rows"] = {f"w{bits}": n for bits, n in self.plan.rows_per_width().items()}
+        return row
+
+
+@dataclass
+class Lab:
+    """One model on one device with calibration and test text."""
+
+    model: PreTrainedModel
+    calibration: Tensor
+    score_sequences: int
+    tests: Mapping[str, Windows]
+    console: Console
+    _scores: dict[tuple[object, ...], Scores] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, args: argparse.Namespace) -> Lab:
+        """From the arguments that `arguments` adds."""
+        torch.set_num_threads(args.threads)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        calibration = read_windows(
+            args.calibration, tokenizer, count=args.sequences, length=args.length
+        ).ids
+        tests = {
+            text: read_windows(
+                args.texts / f"{text}.txt", tokenizer, count=count, length=args.window
+            )
+            for text, count in zip(TEXTS, args.windows, strict=True)
+            if count
+        }
+        console = Console(width=None if Console().is_terminal else 150)
+        return cls(model.to(args.device), calibration, args.score_sequences, tests, console)
+
+    def scores(
+        self,
+        kind: str = "kfac",
+        family: str = "two-level",
+        rotate: int = ROTATION,
+        widths: tuple[int, ...] = WIDTHS,
+        sequences: int | None = None,
+        **options: Any,
+    ) -> Scores:
+        """Scores on the first calibration sequences, made once."""
+        count = sequences or self.score_sequences
+        key = (kind, family, rotate, widths, count, *sorted(options.items()))
+        if key not in self._scores:
+            started = time.perf_counter()
+            self._scores[key] = score(
+                self.model,
+                self.calibration[:count],
+                kind=kind,
+                widths=widths,
+                family=family,
+                rotate=rotate,
+                **options,
+            )
+            self.say(f"scores {kind} {family} rotate {rotate}", started)
+        return self._scores[key]
+
+    def quantized(
+        self, plan: Plan, recipe: Recipe, scores: Scores | None = None, sequences: int | None = None
+    ) -> PreTrainedModel:
+        """A quantized copy of the model."""
+        data = self.calibration[:sequences] if sequences else self.calibration
+        return quantize(copy.deepcopy(self.model), plan, data, recipe=recipe, scores=scores)
+
+    def line(
+        self,
+        label: str,
+        plan: Plan,
+        recipe: Recipe = FULL,
+        scores: Scores | None = None,
+        sequences: int | None = None,
+    ) -> Line:
+        """Quantize and measure."""
+        started = time.perf_counter()
+        model = self.quantized(plan, recipe, scores, sequences)
+        seconds = time.perf_counter() - started
+        line = Line(label, plan, packed_bits(model), seconds, self.measure(model))
+        self.say(f"{label}: {line.true_bits:.3f} bits, KL {line.kl():.5f}", started)
+        return line
+
+    def measure(self, model: Callable[..., Any]) -> dict[str, Quality]:
+        """One model against float on every text."""
+        return {
+            text: compare(self.model, {"": model}, windows)[""]
+            for text, windows in self.tests.items()
+        }
+
+    def activation_floor(self, rotation: int) -> float:
+        """KL of the float weights with int8 activations per token, on the first text."""
+        model = copy.deepcopy(self.model)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                module.register_forward_pre_hook(functools.partial(_round_input, rotation))
+        text = TEXTS[0]
+        return compare(self.model, {"": model}, self.tests[text])[""].mean_kl.value
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+        """The float model with other weights in some of its linears."""
+        model = copy.deepcopy(self.model)
+        missing = model.load_state_dict(dict(weights), strict=False)
+        assert not missing.unexpected_keys, f"unknown weights: {missing.unexpected_keys[:3]}"
+        return model
+
+    def say(self, what: str, started: float) -> None:
+        self.console.log(f"{what} [{time.perf_counter() - started:.1f} s]")
+
+
+def _round_input(rotation: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """x through int8 and back, in the rotated basis."""
+    (x,) = args
+    block = block_for(x.shape[-1], rotation)
+    turned = block_hadamard(x, block) if block else x
+    rounded = dequantized(turned, "token", x.shape[-1])
+    return (block_hadamard(rounded, block) if block else rounded,)
+
+
+def packed_bits(model: torch.nn.Module) -> float:
+    """True bits of the packed tensors of a quantized model."""
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    return true_bits(m.quantized_weight() for m in packed)
+
+
+def _digits(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What every quality bench needs to know."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of a causal LM")
+    add("--texts", type=Path, required=True, help=f"folder with {' and '.join(TEXTS)} (.txt)")
+    add("--calibration", type=Path, required=True, help="text file to calibrate on")
+    add("--name", help="of the model in the results; by default the folder's name")
+    add("--sequences", type=int, default=128, help="calibration sequences")
+    add("--score-sequences", type=int, default=16, help="of them to score on")
+    add("--length", type=int, default=1024, help="tokens of each")
+    add("--windows", default="24,16", help="windows of the two texts")
+    add("--window", type=int, default=1024, help="tokens of each")
+    add("--threads", type=int, default=2)
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--quick", action="store_true", help="a few short windows; nothing is written")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Arguments, checked; `--quick` makes everything small."""
+    args = parser.parse_args(argv)
+    args.windows = [int(count) for count in args.windows.split(",")]
+    if len(args.windows) != len(TEXTS):
+        parser.error(f"--windows needs {len(TEXTS)} numbers, one a text")
+    if args.quick:
+        args.sequences, args.score_sequences, args.length = 4, 2, 256
+        args.windows, args.window = [2, 2], 256
+    args.name = args.name or args.model.resolve().name
+    return args
