@@ -162,7 +162,7 @@ class _Steps:
     """The steps along the hull of each row; L = F − 1, fewer are padded with worth −1.
 
     Attributes:
-        formats: int64 [L + 1, R], the format before the first and after each step.
+        formats: uint8 [L + 1, R], the format before the first and after each step.
         worth: float64 [L, R], loss saved per byte, never rising along a row's steps.
         extra: int64 [L, R], bytes a step adds.
     """
@@ -174,7 +174,7 @@ class _Steps:
 
 def _steps(loss: Tensor, cost: Tensor, fill: bool) -> _Steps:
     r, f = loss.shape
-    formats = torch.zeros(f, r, dtype=torch.int64)
+    formats = torch.zeros(f, r, dtype=torch.uint8)
     worth = torch.full((f - 1, r), -1.0, dtype=torch.float64)
     extra = torch.zeros(f - 1, r, dtype=torch.int64)
     for rows in _chunks(loss):
@@ -371,7 +371,7 @@ def _checked(loss: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
 
 def _formats(steps: _Steps, levels: Tensor) -> Tensor:
     """int64 [R] formats after so many steps."""
-    return steps.formats.gather(0, levels.unsqueeze(0)).squeeze(0)
+    return steps.formats.gather(0, levels.unsqueeze(0)).squeeze(0).long()
 
 
 def _picked(values: Tensor, choice: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Problem:
             is not allowed.
         time: float64 [T, F] that price.
         cost: int64 [T, F] bytes of a stored row.
+        allowed: bool [T, F], formats that rows of a tensor may have (if their loss is finite).
         pinned: bool [T], tensors whose width the user set.
     """
 
@@ -40,6 +41,7 @@ class Problem:
     loss: Tensor
     time: Tensor
     cost: Tensor
+    allowed: Tensor
     pinned: Tensor
 
     @classmethod
@@ -75,7 +77,7 @@ class Problem:
         shapes = tuple(scores.shapes[twins[0]] for twins in tensors)
         loss = torch.empty(sum(n for n, _ in shapes), len(formats), dtype=torch.float64)
         priced = torch.zeros(len(tensors), len(formats), dtype=torch.float64)
-        pinned = []
+        may, pinned = [], []
         parts = loss.split([n for n, _ in shapes])
         for twins, rows, extra in zip(tensors, parts, priced, strict=True):
             asked = {pins[name] for name in twins if name in pins}
@@ -89,7 +91,8 @@ class Problem:
                 seconds = [sum(time(name, f) for name in twins) for f in formats]
                 extra += price * torch.tensor(seconds, dtype=torch.float64)
                 rows += extra
-            rows[:, [f.bits not in allowed for f in formats]] = math.inf
+            may.append([f.bits in allowed for f in formats])
+            rows[:, ~torch.tensor(may[-1])] = math.inf
             stuck = rows.isinf().all(1)
             if bool(stuck.any()):
                 raise OptionError(
@@ -106,6 +109,7 @@ class Problem:
             loss,
             priced,
             torch.tensor([[f.row_bytes(k) for f in formats] for _, k in shapes]),
+            torch.tensor(may),
             torch.tensor(pinned),
         )
 

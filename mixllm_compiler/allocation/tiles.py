@@ -153,7 +153,7 @@ def resort(problem: Problem, region: Region, choice: Tensor) -> Region:
     short = int(chosen[-1])
     chosen = _exchange(loss, chosen, region.window)
     # Within a width, by how much the neighbouring widths matter: the first tiles go up first.
-    allowed = loss.isfinite().any(0).nonzero().flatten()
+    allowed = problem.allowed[region.tensor].nonzero().flatten()
     at = torch.searchsorted(allowed, chosen)
     down, up = allowed[(at - 1).clamp_min(0)], allowed[(at + 1).clamp_max(len(allowed) - 1)]
     gain = (loss.gather(1, down.unsqueeze(1)) - loss.gather(1, up.unsqueeze(1))).squeeze(1)
@@ -166,32 +166,34 @@ def resort(problem: Problem, region: Region, choice: Tensor) -> Region:
 
 def _exchange(loss: Tensor, chosen: Tensor, window: int) -> Tensor:
     """Formats int64 [n] that lose no more, as many rows of each in every window."""
-    n, columns = loss.shape
-    values, formats = _padded(loss, window), _padded(chosen + 1, window) - 1
-    present = [f for f in range(columns) if bool((chosen == f).any())]
-    for low, high in _nearest_first(present):
-        both = (formats == low) | (formats == high)
-        gain = (values[..., low] - values[..., high]).masked_fill(~both, -math.inf)
-        order = gain.argsort(dim=1, descending=True, stable=True)
-        place = torch.empty_like(order).scatter_(1, order, torch.arange(window).expand_as(order))
-        larger = place < (formats == high).sum(1, keepdim=True)
-        formats = torch.where(both, torch.where(larger, high, low), formats)
-    return formats.flatten()[:n]
-
-
-def _nearest_first(present: Sequence[int]) -> list[tuple[int, int]]:
-    """All pairs of formats, neighbours first."""
-    return sorted(itertools.combinations(present, 2), key=lambda p: (p[1] - p[0], p))
+    n = len(loss)
+    values = _padded(loss.float(), window).permute(2, 0, 1).contiguous()
+    formats = _padded(chosen.to(torch.int8) + 1, window) - 1  # −1 past the end
+    slots = torch.arange(window)
+    present = chosen.unique().tolist()
+    pairs = itertools.combinations(present, 2)
+    for low, high in sorted(pairs, key=lambda pair: (pair[1] - pair[0], pair)):
+        at = ((formats == low).any(1) & (formats == high).any(1)).nonzero().flatten()
+        if not len(at):
+            continue
+        here = formats.index_select(0, at)
+        gain = values[low].index_select(0, at) - values[high].index_select(0, at)
+        both, count = (here == low) | (here == high), (here == high).sum(1, keepdim=True)
+        order = gain.masked_fill_(~both, -math.inf).argsort(dim=1, descending=True, stable=True)
+        larger = torch.zeros_like(both).scatter_(1, order, slots < count)
+        here = here.masked_fill(both, low).masked_fill_(larger, high)
+        formats.index_copy_(0, at, here)
+    return formats.flatten()[:n].long()
 
 
 def _sorted(problem: Problem, region: Region) -> Region:
     """Rows of each window by falling loss in about four bits."""
     if region.tile == len(region.rows):
         return region
-    loss = problem.loss[region.rows]
-    bits = {f: abs(problem.formats[f].bits - _KEY_BITS) for f in range(loss.shape[1])}
-    column = min(loss.isfinite().any(0).nonzero().flatten().tolist(), key=bits.__getitem__)
-    return replace(region, rows=region.rows[_within(loss[:, column], region.window)])
+    bits = [abs(f.bits - _KEY_BITS) for f in problem.formats]
+    columns = problem.allowed[region.tensor].nonzero().flatten().tolist()
+    key = problem.loss[region.rows, min(columns, key=bits.__getitem__)]
+    return replace(region, rows=region.rows[_within(key, region.window)])
 
 
 def _within(key: Tensor, window: int) -> Tensor:
