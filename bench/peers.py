@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -165,18 +166,23 @@ def _auto_round(
 
     if "bits" in scheme:
         scheme |= {"sym": args.symmetric, "group_size": args.group}
-    model, config = AutoRound(
-        job.model,
-        tokenizer=job.tokenizer,
-        dataset=DATASET,
-        nsamples=len(job.ids),
-        seqlen=job.ids.shape[1],
-        iters=args.iters,
-        device_map=args.device,
-        low_gpu_mem_usage=False,
-        enable_torch_compile=False,  # of a small model it takes longer than it saves
-        **scheme,
-    ).quantize()
+    with tempfile.TemporaryDirectory() as folder:
+        # AutoScheme would reuse scores of any model of this name, on any text; and its worker
+        # processes would not know the registered text.
+        os.environ |= {"AR_AUTO_SCHEME_CACHE": folder, "AR_ENABLE_AUTO_SCHEME_PARALLEL": "0"}
+        os.environ["AR_WORK_SPACE"] = folder
+        model, config = AutoRound(
+            job.model,
+            tokenizer=job.tokenizer,
+            dataset=DATASET,
+            nsamples=len(job.ids),
+            seqlen=job.ids.shape[1],
+            iters=args.iters,
+            device_map=args.device,
+            low_gpu_mem_usage=False,
+            enable_torch_compile=False,  # of a small model it takes longer than it saves
+            **scheme,
+        ).quantize()
     weights, stored = {}, {}
     widths: dict[str, int] = {}
     for name, linear in decoder_linears(model).items():
