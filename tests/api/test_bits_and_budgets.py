@@ -31,7 +31,7 @@ def counted_bits(weights: Iterable[QuantizedWeight]) -> float:
 def test_reported_bits_are_those_of_the_plan_and_of_the_packed_tensors(kind, lm_head):
     model = build(kind)
     scores = mixllm_compiler.score(model, IDS, kind="weight-error", lm_head=lm_head)
-    plan = mixllm_compiler.plan(scores, bits=4.7)
+    plan = mixllm_compiler.plan(scores, bits=4.7, tile=1)
     (graph,) = mixllm_compiler.explain(model, IDS, options={"plan": plan}).graphs
     mixllm_compiler.quantize(model, plan)
     weights = [m.quantized_weight() for m in model.modules() if isinstance(m, PackedLinear)]
@@ -74,9 +74,13 @@ def scores() -> Scores:
 @pytest.mark.parametrize("widths", [(4, 8), (3, 4, 5), (2, 3, 4, 5, 6, 8)], ids=str)
 @pytest.mark.parametrize("bits", [4.4, 4.75, 5.0])
 def test_budgets_are_used_up_and_the_allocation_is_nearly_optimal(scores, bits, widths):
-    plan = mixllm_compiler.plan(scores, bits=bits, widths=widths)
+    plan = mixllm_compiler.plan(scores, bits=bits, widths=widths, tile=1)
     assert bits * 0.995 < plan.true_bits <= bits
     assert 0 <= plan.certificate.gap <= 1e-4
+    tiled = mixllm_compiler.plan(scores, bits=bits, widths=widths)
+    assert bits * 0.995 < tiled.true_bits <= bits
+    assert 0 <= tiled.certificate.gap <= 1e-2  # of 224 tiles
+    assert plan.predicted_loss < tiled.predicted_loss < 1.1 * plan.predicted_loss
     assert plan.certificate.objective == pytest.approx(plan.predicted_loss)
     assert plan.predicted_loss == pytest.approx(summed_loss(plan, scores))
 
@@ -92,7 +96,7 @@ def summed_loss(plan: mixllm_compiler.Plan, scores: Scores) -> float:
 
 def test_more_widths_never_predict_a_larger_loss(scores):
     few, many = (
-        mixllm_compiler.plan(scores, bits=4.6, widths=widths).certificate
+        mixllm_compiler.plan(scores, bits=4.6, widths=widths, tile=1).certificate
         for widths in ((4, 8), (2, 3, 4, 5, 6, 8))
     )
     assert many.objective <= few.bound
@@ -100,6 +104,6 @@ def test_more_widths_never_predict_a_larger_loss(scores):
 
 def test_the_paper_rule_at_the_same_bits_never_predicts_a_smaller_loss(scores):
     paper = mixllm_compiler.plan(scores, preset="paper", widths=(4, 8))
-    best = mixllm_compiler.plan(scores, bits=paper.true_bits, widths=(4, 8))
+    best = mixllm_compiler.plan(scores, bits=paper.true_bits, widths=(4, 8), tile=1)
     assert best.true_bits <= paper.true_bits
     assert best.predicted_loss <= paper.predicted_loss

@@ -134,7 +134,7 @@ def test_a_linear_that_nothing_depends_on_scores_zero():
 @pytest.mark.parametrize("bits", [4.4, 5, 6.5, 8])
 @pytest.mark.parametrize("tokens", [5, 300])
 def test_the_budget_is_used_and_not_exceeded(bits, tokens):
-    graph, ctx = scored(activations(2, tokens), "allocate-bits", bits=bits)
+    graph, ctx = scored(activations(2, tokens), "allocate-bits", bits=bits, tile=1)
     assert bits * 0.995 < ctx.plan.true_bits <= bits
     # The bound may split one row; a plan cannot.
     steps = torch.cat([m.losses[:, 0] - m.losses[:, 1] for m in graph.matrices.values()])
@@ -146,18 +146,31 @@ def test_the_budget_is_used_and_not_exceeded(bits, tokens):
 
 
 def test_rows_that_lose_most_get_the_bits():
-    graph, _ = scored(activations(2, 300), "allocate-bits")
+    graph, _ = scored(activations(2, 300), "allocate-bits", tile=1)
     matrix = graph.matrices["mlp.gate_proj"]
     gain = matrix.losses[:, 0] - matrix.losses[:, 1]
     assert gain[matrix.widths == 8].min() >= gain[matrix.widths == 4].max()
 
 
 def test_pins_fix_whole_matrices():
-    graph, ctx = scored(until="allocate-bits", pins={"*.down_proj": 8, "self_attn.*": 4}, bits=5.5)
+    graph, ctx = scored(
+        until="allocate-bits", pins={"*.down_proj": 8, "self_attn.*": 4}, bits=5.5, tile=1
+    )
     widths = {name: set(m.widths.tolist()) for name, m in graph.matrices.items()}
     assert widths["mlp.down_proj"] == {8}
     assert widths["self_attn.q_proj"] == {4}
     assert 5.47 < ctx.plan.true_bits <= 5.5
+
+
+def test_tiles_cross_matrices_that_read_one_activation():
+    """64 rows of q, k and v together have one width; so few of one matrix need not be a tile."""
+    graph, _ = scored(activations(2, 300), "allocate-bits", bits=5.5)
+    widths = {name: m.widths for name, m in graph.matrices.items()}
+    for names in (("q", "k", "v"), ("o",)):
+        rows = torch.cat([widths[f"self_attn.{name}_proj"] for name in names])
+        assert all(count % 64 == 0 for count in torch.bincount(rows).tolist())
+    alone = [torch.bincount(w).tolist() for w in widths.values()]
+    assert any(count % 64 for counts in alone for count in counts)
 
 
 def test_the_paper_preset_gives_a_tenth_of_the_rows_eight_bits():
