@@ -18,7 +18,6 @@ from .calibration.tokens import DEFAULT_SEQUENCES, calibration_tokens
 from .errors import MixLLMError, OptionError, PlanMismatch, UnsupportedModel
 from .formats.fingerprint import fingerprint
 from .formats.neutral import QuantizedWeight
-from .formats.row_format import RowFormat
 from .frames import CompiledForward, own_frame
 from .modules import PackedLinear
 from .options import Options
@@ -46,6 +45,7 @@ def score(
     *,
     kind: str | None = None,
     labels: str | None = None,
+    clip: bool | None = None,
     token_weights: Tensor | None = None,
     tokenizer: Any = None,
     sequences: int = DEFAULT_SEQUENCES,
@@ -53,6 +53,7 @@ def score(
     batch: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    resume: str | Path | None = None,
     **options: Any,
 ) -> Scores:
     """Score every output feature of every linear in every candidate format.
@@ -61,15 +62,19 @@ def score(
         model: in eval mode, on one device.
         data: token ids [S, T], texts, a text file, a data set id, or "self" (default): text that
             the model writes itself.
-        kind: "kfac" (default), "fisher-token", "fisher-sequence", "paper", "hessian" or
-            "weight-error"; their formulas are in `salience/kinds.py`.
+        kind: "kfac" (default), "fisher-token", "fisher-sequence", "paper", "zeroth-order",
+            "hessian" or "weight-error"; their formulas are in `salience/kinds.py`.
         labels: "sampled" from the model (default, but for kind "paper") or "text".
+        clip: score rows as a search of clipped ranges would round them; by default only two-level
+            ones, which are never rounded otherwise.
         token_weights: [S, T], how much the loss of each token counts; 0 for none, for instance in
             prompts.
         sequences, length: how much of the data to use; up to `batch` sequences at a time.
         progress: called with (steps done, steps in all).
-        options: those of the backend that matter here: widths, group, rotate, lm_head, exclude,
-            preset.
+        resume: a file that keeps what is done after every block, for kinds with gradients; if it
+            exists, scoring goes on from there. It stays until something else is saved there.
+        options: those of the backend that matter here: widths, group, family, rotate, lm_head,
+            exclude, preset.
 
     Returns:
         `Scores`: nats per token per row and format.
@@ -79,9 +84,9 @@ def score(
     """
     opts = Options.parse(options)
     _refuse_training(model)
-    formats = tuple(RowFormat(b, opts.group) for b in sorted(opts.widths))
     kind = kind or ("paper" if opts.preset == "paper" else DEFAULT_KIND)
-    spec = ScoreSpec(kind, formats, labels or "", seed)
+    clip = opts.family == "two-level" if clip is None else clip
+    spec = ScoreSpec(kind, opts.formats, labels or "", seed, clip)
     ids = calibration_tokens(
         data, model, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
     )
@@ -95,6 +100,7 @@ def score(
         batch=batch,
         token_weights=token_weights,
         progress=progress,
+        resume=None if resume is None else Path(resume),
     )
 
 
@@ -123,7 +129,8 @@ def plan(
             backend; group and rotation are those of the scores.
     """
     # Scores of rotated inputs hold for rotated inputs only.
-    made_with = {"group": scores.group, "rotate": int(scores.settings.get("rotate", 0))}
+    rotate = int(scores.settings.get("rotate", 0))
+    made_with = {"group": scores.group, "family": scores.family, "rotate": rotate}
     opts = Options.parse({"bits": bits, "preset": preset, **made_with, **options})
     if "widths" not in options:
         opts = dataclasses.replace(opts, widths=tuple(f.bits for f in scores.formats))
@@ -271,7 +278,7 @@ def compile(
         shared = {
             k: v
             for k, v in options.items()
-            if k in ("widths", "group", "rotate", "lm_head", "exclude", "preset")
+            if k in ("widths", "group", "family", "rotate", "lm_head", "exclude", "preset")
         }
         scores = score(model, data, progress=progress, **scoring, **shared)
         found = make_plan(scores, **plan_arguments(opts))

@@ -11,7 +11,7 @@ from ..formats.row_format import RowFormat
 from ..ir.graph import MixGraph
 from ..salience.kinds import GRADIENT_KINDS, ScoreSpec, weight_error
 from ..salience.probes import gradient_stops, loss_inputs
-from ..salience.replay import score_graph
+from ..salience.score_graph import score_graph
 from ..salience.supervision import supervised_tokens
 from .base import Changes, Pass
 from .known_plans import look_up
@@ -44,7 +44,7 @@ class AnnotateSalience(Pass):
         look_up(graph, ctx)
         if ctx.plan is not None or ctx.known is not None or not matrices:
             return changes
-        formats = tuple(RowFormat(b, ctx.options.group) for b in sorted(ctx.options.widths))
+        formats = ctx.options.formats
         kind = "paper" if ctx.options.preset == "paper" else "fisher-sequence"
         kind = self.kind if self.kind != "auto" else kind
         if kind != "weight-error":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..calibration.segments import Segment, cut
-from .kinds import FACTORED_KINDS, ScoreSpec
+from .kinds import FACTORED_KINDS, FORWARD_KINDS, ScoreSpec
 from .probes import Probe
 
 _VIEWS = {"view", "reshape", "transpose", "permute", "expand", "getitem", "unsqueeze", "split"}
@@ -51,6 +51,8 @@ def segments_within(
     """
     ends = block_ends(graph) if spec.budget is not None else []
     blocks = cut(graph, ends)
+    if spec.kind in FORWARD_KINDS:
+        return blocks  # nothing runs twice, or all of it many times
     kept: list[fx.Node] = []
     taken = 0
     for block, before in zip(reversed(blocks[1:]), reversed(blocks[:-1]), strict=True):

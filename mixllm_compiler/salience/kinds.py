@@ -29,7 +29,7 @@ from ..quantizers.rtn import rounding_error
 
 CURVATURE_KINDS = ("kfac", "fisher-token", "fisher-sequence")
 GRADIENT_KINDS = (*CURVATURE_KINDS, "paper")
-FORWARD_KINDS = ("hessian",)
+FORWARD_KINDS = ("hessian", "zeroth-order")
 FACTORED_KINDS = ("kfac", "zeroth-order", "hessian")
 KINDS = (*GRADIENT_KINDS, "zeroth-order", "hessian", "weight-error")
 LABELS = ("sampled", "text")

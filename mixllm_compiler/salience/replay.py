@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .. import compat
 from ..calibration.segments import Segment, SegmentInterpreter
 from ..ir.graph import MixGraph, mutated_inputs
 from .blocks import segments_within
-from .kinds import FORWARD_KINDS, ScoreSpec
+from .kinds import FORWARD_KINDS, GRADIENT_KINDS, ScoreSpec
 from .probes import Probe, loss_inputs, probes_of
+from .resume import Checkpoint
 from .statistics import Statistics
 from .supervision import (
     LossInputs,
@@ -32,6 +32,7 @@ from .supervision import (
     logit_gradient,
     projection_gradients,
     supervise,
+    token_gradients,
 )
 
 Values = Mapping[fx.Node, Any]
@@ -56,32 +57,9 @@ class Found:
     loss: str
 
 
-def score_graph(
-    graph: MixGraph,
-    batches: Sequence[Values],
-    spec: ScoreSpec,
-    token_weights: Tensor | None = None,
-    progress: Progress | None = None,
-) -> Found:
-    """Scores of every matrix that will be quantized; works under no_grad and inference_mode.
+class Replay:
+    """One scoring run; see the module."""
 
-    The loss is cross-entropy to drawn labels or to the text's next tokens, or a random projection
-    of the floating-point outputs where there are no logits.
-
-    Args:
-        batches: values of all placeholders, per batch.
-        spec: of any kind but weight-error and zeroth-order.
-        token_weights: [S, T] of all batches; see `supervise`.
-        progress: called with (batches of segments done, in all).
-
-    Raises:
-        UnsupportedModel: logits or gradients that are not finite.
-    """
-    with torch.inference_mode(False), compat.fast_products():
-        return _Replay(graph, batches, spec, token_weights, progress).run()
-
-
-class _Replay:
     def __init__(
         self,
         graph: MixGraph,
@@ -89,7 +67,9 @@ class _Replay:
         spec: ScoreSpec,
         token_weights: Tensor | None,
         progress: Progress | None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        self.checkpoint = checkpoint
         self.batches, self.spec, self.token_weights = batches, spec, token_weights
         self.progress = progress
         self.probes = probes_of(graph)
@@ -103,21 +83,28 @@ class _Replay:
             turned: _unchanged for probe in self.probes.values() for turned in probe.turned
         }
         override |= {node: self._linear(probe) for node, probe in self.probes.items()}
+        self.head = _head(graph, self.where) if spec.kind in GRADIENT_KINDS else None
+        self.head_call: tuple[Tensor, Tensor, Tensor | None] | None = None
+        if self.head is not None:
+            override[self.head] = self._take_head
         self.run_graph = SegmentInterpreter(graph.module, override)
         self.varying = _varying(graph)
         self.shared: dict[fx.Node, Any] = {}
         # Of every segment and batch: what it reads from before, and the gradients there.
         self.stored: list[list[Values]] = [[{} for _ in batches] for _ in self.segments]
         self.gradients: list[dict[fx.Node, list[Tensor | None]]] = [{} for _ in batches]
-        self.supervision: list[Supervision | None] = [None for _ in batches]
+        self.reach: list[Tensor | None] = [None for _ in batches]
         self.weights = torch.zeros(sum(self.sizes), dtype=torch.float64)
         self.loss = ""
-        self.done = 0
+        passes = len(self.segments)
+        passes = passes if spec.kind in FORWARD_KINDS else 2 * passes - 1
+        self.done, self.total = 0, passes * len(batches)
         self.at = 0  # batch that runs
 
     def run(self) -> Found:
+        """Go through all segments and batches."""
         if self.spec.kind in FORWARD_KINDS:
-            self._run_forward()
+            self.run_forward()
         else:
             self._run_both_ways()
         tokens = float(self.weights.sum())
@@ -131,29 +118,39 @@ class _Replay:
         )
 
     def _run_both_ways(self) -> None:
+        left = len(self.segments) if self.checkpoint is None else self.checkpoint.load(self)
         with torch.no_grad():
-            for i in range(len(self.segments) - 1):
+            for i in range(left - 1):
                 for b in range(len(self.batches)):
                     self._forward(i, self.segments[i], b)
         with torch.enable_grad():
-            for i in reversed(range(len(self.segments))):
+            for i in reversed(range(left)):
                 for b in range(len(self.batches)):
                     self._backward(i, self.segments[i], b)
-                self._finish(i)
+                self.finish(i)
                 self.stored[i] = []
+                if self.checkpoint is not None:
+                    self.checkpoint.save(self, i)
 
-    def _run_forward(self) -> None:
+    def run_forward(self) -> None:
+        """Statistics that need no gradient."""
         with torch.no_grad():
             for b, values in enumerate(self.batches):
-                self.supervision[b] = found = everything(values, self.where)
+                found = self.supervised(values, b)
+                self.reach[b] = found.reach
                 self.weights[self.firsts[b] : self.firsts[b] + self.sizes[b]] = found.tokens
             for i, segment in enumerate(self.segments):
                 for b in range(len(self.batches)):
                     self._forward(i, segment, b)
-                self._finish(i)
+                self.finish(i)
                 self.stored[i] = []
 
-    def _finish(self, i: int) -> None:
+    def supervised(self, values: Values, b: int) -> Supervision:
+        """What counts in a batch that has no loss."""
+        return everything(values, self.where)
+
+    def finish(self, i: int) -> None:
+        """Scores of the linears of segment i, all of whose sums are complete."""
         inside = [self.probes[n] for n in self.segments[i].nodes if n in self.probes]
         with torch.no_grad():
             self.statistics.finish(inside, self.weights)
@@ -169,7 +166,7 @@ class _Replay:
                 self.shared.setdefault(node, value)
         if i + 1 < len(self.segments):
             self.stored[i + 1][b] = {n: _parked(v) for n, v in live.items() if n in self.varying}
-        self._step()
+        self.step()
 
     def _backward(self, i: int, segment: Segment, b: int) -> None:
         self.at = b
@@ -183,7 +180,7 @@ class _Replay:
         if roots:
             torch.autograd.backward(roots, gradients)
         self.gradients[b] = {n: [_gradient(t) for t in _tensors(v)] for n, v in leaves.items()}
-        self._step()
+        self.step()
 
     @staticmethod
     def _roots(
@@ -201,13 +198,15 @@ class _Replay:
         first, size = self.firsts[b], self.sizes[b]
         logits = live.get(self.where.logits) if self.where.logits is not None else None
         if isinstance(logits, Tensor) and logits.dim() == 3:
-            with torch.no_grad():
-                weights = self.token_weights
-                own = None if weights is None else weights[first : first + size]
-                found = supervise(logits, self.batches[b], self.where, self.spec, own)
-                gradient, _ = logit_gradient(logits, found, self.spec, first)
-            self.supervision[b], self.loss = found, found.name
+            weights = self.token_weights
+            own = None if weights is None else weights[first : first + size]
+            found = supervise(logits.shape[:2], self.batches[b], self.where, self.spec, own)
+            self.reach[b], self.loss = found.reach, found.name
             self.weights[first : first + size] = found.tokens
+            with torch.no_grad():
+                if self.head_call is not None:
+                    return self._head_roots(*self.head_call, found, first)
+                gradient = logit_gradient(logits, found, self.spec, first)
             return ([logits], [gradient]) if logits.requires_grad else ([], [])
         outputs = [live.get(n) for n in self.where.outputs]
         chosen, tokens = projection_gradients(outputs, self.spec, first)
@@ -216,13 +215,37 @@ class _Replay:
             self.weights[first : first + size] = tokens / size
         return [outputs[i] for i in chosen], list(chosen.values())  # type: ignore[misc]
 
+    def _take_head(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Leave the logits out of the run; they are made a few tokens at a time from x."""
+        self.head_call = x, weight, bias
+        shape = (*x.shape[:-1], len(weight))
+        return torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
+
+    def _head_roots(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, found: Supervision, first: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient at the head's input [B, T', K], and the head's own statistics."""
+        self.head_call = None
+        gradient, kept = torch.zeros_like(x), x.detach()
+        probe = None if self.head is None else self.probes.get(self.head)
+        if probe is not None:
+            self.statistics.add_input(probe, kept, found.weights > 0)
+        for piece in token_gradients(
+            lambda b, t: F.linear(kept[b, t], weight, bias), len(weight), found, self.spec, first
+        ):
+            b, t, dy = piece.sequence, piece.part, piece.gradient.to(x.dtype)
+            gradient[b, t] = dy @ weight
+            if probe is not None:
+                exact = piece.curvature if found.labels is None else None
+                self.statistics.add_gradient(probe, kept[b, t], dy, first + b, 1, exact)
+        return ([x], [gradient]) if x.requires_grad else ([], [])
+
     def _linear(self, probe: Probe) -> Callable[..., Tensor]:
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            y = F.linear(x, weight, bias)
+            y = self.result(probe, F.linear(x, weight, bias))
             if not torch.is_grad_enabled():
                 if self.spec.kind in FORWARD_KINDS:
-                    found = self.supervision[self.at]
-                    self.statistics.add_input(probe, x, None if found is None else found.reach)
+                    self.statistics.add_input(probe, x, self.reach[self.at])
                 return y
             if not y.requires_grad:
                 y = y.detach().requires_grad_()  # a leaf: nothing before it needs a gradient
@@ -231,10 +254,8 @@ class _Replay:
 
             def take(dy: Tensor) -> None:
                 with torch.no_grad():
-                    found = self.supervision[batch]
-                    reach = None if found is None else found.reach
                     first, size = self.firsts[batch], self.sizes[batch]
-                    self.statistics.add_input(probe, kept, reach)
+                    self.statistics.add_input(probe, kept, self.reach[batch])
                     self.statistics.add_gradient(probe, kept, dy, first, size)
 
             y.register_hook(take)
@@ -242,16 +263,33 @@ class _Replay:
 
         return linear
 
+    def result(self, probe: Probe, y: Tensor) -> Tensor:
+        """What a linear's output goes on as."""
+        return y
+
     def _device(self, b: int) -> torch.device:
         tensors = (v for v in self.batches[b].values() if isinstance(v, Tensor))
         return next((t.device for t in tensors), torch.device("cpu"))
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Tell how far it is."""
         self.done += 1
         if self.progress is not None:
-            passes = len(self.segments)
-            passes = passes if self.spec.kind in FORWARD_KINDS else 2 * passes - 1
-            self.progress(self.done, passes * len(self.batches))
+            self.progress(self.done, self.total)
+
+
+def _head(graph: MixGraph, where: LossInputs) -> fx.Node | None:
+    """The linear whose output is the logits and nothing else; None if more is done to them."""
+    node = where.logits
+    if node is None or node.target is not torch._C._nn.linear:
+        return None
+    alone = all(user.op == "output" for user in node.users)
+    return node if alone and len(_shape(node)) == 3 else None
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """Shape of a node's example value, () if it has none."""
+    return tuple(getattr(node.meta.get("example_value"), "shape", ()))
 
 
 def _varying(graph: MixGraph) -> set[fx.Node]:

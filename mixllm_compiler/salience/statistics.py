@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..errors import UnsupportedModel
+from ..formats.row_format import RowFormat
 from ..quantizers.rtn import rounding_error
 from ..transforms.hadamard import block_hadamard
 from .kinds import FACTORED_KINDS, ScoreSpec
 from .probes import Probe
 
-_ROWS = 1 << 24  # numbers of a rounding error that are multiplied with H at a time
+_ROWS = 1 << 24  # weights that are rounded and multiplied with H at a time
 _BLOCK = 512  # columns of H formed at a time; only its lower triangle is
 
 
@@ -64,14 +65,25 @@ class Statistics:
         _add_gram(self._moments[probe.x], x.float())
         self._rows[probe.x] += len(x)
 
-    def add_gradient(self, probe: Probe, x: Tensor, dy: Tensor, first: int, batch: int) -> None:
-        """Take δ = dy [..., N] of sequences `first` and after, x [..., K].
+    def add_gradient(
+        self,
+        probe: Probe,
+        x: Tensor,
+        dy: Tensor,
+        first: int,
+        batch: int,
+        squares: Tensor | None = None,
+    ) -> None:
+        """Take δ = dy [..., N] of `batch` sequences from `first` on, x [..., K].
+
+        Args:
+            squares: fp32 [N] Σ_t δ_t², where it is known better than from this one draw.
 
         Raises:
             UnsupportedModel: the gradient is not finite.
         """
         dy, name = dy.flatten(0, -2).float(), probe.matrix.name
-        squares = dy.square().sum(0)
+        squares = dy.square().sum(0) if squares is None else squares
         if not bool(squares.isfinite().all()):
             raise UnsupportedModel(
                 f"the gradient at {name} holds NaN or infinite values in sequence {first} or the "
@@ -94,7 +106,8 @@ class Statistics:
             self._add_loss(name, 0.5 * found)
         else:  # a weight used twice changes in both places at once: the square comes last
             changes = self._changes.setdefault(name, {})
-            changes[first] = changes[first] + found if first in changes else found
+            for d, change in enumerate(found, first):
+                changes[d] = changes[d] + change if d in changes else change
 
     def add_squares(self, probe: Probe, squares: Tensor) -> None:
         """Σ_t δ_t² [N] of one use of a matrix."""
@@ -127,10 +140,19 @@ class Statistics:
             self._uses[name] -= 1
             if not self._uses[name] and name in self._changes:
                 changes = self._changes.pop(name)
-                a = torch.cat([changes[first] for first in sorted(changes)])
+                a = torch.stack([changes[d] for d in sorted(changes)])
+                per_sequence = per_sequence[sorted(changes)]
                 self._add_loss(name, _of_changes(a, self.spec.kind, per_sequence))
             if not self._uses[name]:
                 self._deltas.pop(name, None)
+
+    def open_changes(self) -> dict[str, dict[int, Tensor]]:
+        """Matrix → sequence → fp64 [N, F] A_d, of matrices with uses that are still to come."""
+        return self._changes
+
+    def forget(self, probes: Iterable[Probe]) -> None:
+        """These linears were finished by an earlier run."""
+        self._uses.subtract(p.matrix.name for p in probes)
 
     def _factored_losses(self, group: list[Probe], moment: Tensor, rows: int) -> None:
         h = _whole(moment).div_(max(rows, 1))
@@ -144,14 +166,19 @@ class Statistics:
             if squares is None and self.spec.kind != "hessian":
                 continue
             w = probe.matrix.value().float()
-            columns = []
-            for fmt in self.spec.formats:
-                delta = rounding_error(w, fmt, importance, self.spec.clip)
-                columns.append(quadratic(delta, h))
-            error = torch.stack(columns, -1).double().cpu()
+            parts = [
+                torch.stack([self._error(rows, f, importance, h) for f in self.spec.formats], -1)
+                for rows in w.split(max(1, _ROWS // w.shape[1]))
+            ]
+            error = torch.cat(parts).double().cpu()
             if squares is not None:
                 error *= 0.5 * squares[:, None]
             self._add_loss(probe.matrix.name, error)
+
+    def _error(self, w: Tensor, fmt: RowFormat, importance: Tensor, h: Tensor) -> Tensor:
+        """fp32 [n]: Δ H Δᵀ of every row of w [n, K]."""
+        delta = rounding_error(w, fmt, importance, self.spec.clip)
+        return (delta @ h).mul_(delta).sum(1)
 
     def _add_loss(self, name: str, loss: Tensor) -> None:
         self.losses[name] = self.losses.get(name, 0) + loss
@@ -161,12 +188,6 @@ class Statistics:
         tokens = float(per_sequence.sum())
         by = {"paper": max(len(per_sequence), 1), "hessian": 1}.get(self.spec.kind, tokens)
         return {name: (loss / by).clamp_min_(0).float() for name, loss in self.losses.items()}
-
-
-def quadratic(delta: Tensor, h: Tensor) -> Tensor:
-    """fp32 [N]: Δ H Δᵀ of every row of Δ [N, K]."""
-    step = max(1, _ROWS // delta.shape[1])
-    return torch.cat([(part @ h).mul_(part).sum(1) for part in delta.split(step)])
 
 
 def _of_changes(a: Tensor, kind: str, per_sequence: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ time, and not left to autograd, which would hold three arrays of tokens × vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..errors import OptionError, UnsupportedModel
 from .kinds import MIN_TOKENS, ScoreSpec
 
-_CHUNK = 1 << 24  # numbers of tokens × vocabulary in fp32 at a time
+_CHUNK = 1 << 22  # numbers of tokens × vocabulary in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Supervision:
 
 
 def supervise(
-    logits: Tensor,
+    lead: Sequence[int],
     inputs: Mapping[fx.Node, Any],
     where: LossInputs,
     spec: ScoreSpec,
     token_weights: Tensor | None = None,
 ) -> Supervision:
-    """What is supervised in a batch whose logits are [B, T', V].
+    """What is supervised in a batch whose logits are [B, T', V]; `lead` is (B, T').
 
     Position t predicts token t + 1, whose mask and weight count. Logits that do not cover the ids
     (the last position only) are all supervised, by labels drawn from the model.
@@ -83,12 +83,13 @@ def supervise(
     Args:
         token_weights: [B, T] of this batch; 0 means no loss on that token.
     """
-    b, t = logits.shape[:2]
+    b, t = lead
+    device = next(v.device for v in inputs.values() if isinstance(v, Tensor))
     ids = inputs[where.ids] if where.ids is not None else None
     mask = inputs[where.mask] if where.mask is not None else None
     if ids is None or ids.shape[1] != t or t < 2:
-        return Supervision(torch.ones(b, t, device=logits.device), None, None, "sampled labels")
-    weights = torch.zeros(b, t, device=logits.device)
+        return Supervision(torch.ones(b, t, device=device), None, None, "sampled labels")
+    weights = torch.zeros(b, t, device=device)
     weights[:, :-1] = 1
     real = None
     if mask is not None and mask.shape == ids.shape:
@@ -201,29 +202,56 @@ def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     return (slice(at, min(at + step, tokens)) for at in range(0, tokens, step))
 
 
-def logit_gradient(
-    logits: Tensor, found: Supervision, spec: ScoreSpec, first: int
-) -> tuple[Tensor, Tensor]:
-    """(gradient of the summed losses [B, T', V] in the logits' dtype, curvature fp32 [V]).
+@dataclass(frozen=True)
+class TokenGradients:
+    """Gradients at the logits of some tokens of one sequence.
 
-    The curvature is the exact Σ_t w_t p(1 − p), the mean of a squared gradient over labels.
+    Attributes:
+        sequence: index in the batch.
+        part: positions.
+        gradient: fp32 [t, V] of the tokens' weighted losses.
+        curvature: fp32 [V], Σ_t w_t p(1 − p): the exact mean over labels of squared gradients.
+    """
+
+    sequence: int
+    part: slice
+    gradient: Tensor
+    curvature: Tensor
+
+
+def token_gradients(
+    logits: Callable[[int, slice], Tensor],
+    vocabulary: int,
+    found: Supervision,
+    spec: ScoreSpec,
+    first: int,
+) -> Iterator[TokenGradients]:
+    """Gradients of the summed losses, a few tokens at a time, where there is a loss at all.
 
     Args:
+        logits: (sequence of the batch, positions) → [t, V]; asked for once each.
         first: index of the batch's first sequence in the whole data.
     """
-    gradient = torch.zeros_like(logits)
-    curvature = torch.zeros(logits.shape[-1], device=logits.device)
     scale = loss_scale(found.weights, spec.kind)
-    for b in range(len(logits)):
-        generator = generator_of(logits.device, spec.seed, first + b)
-        for part in chunks(*logits.shape[1:]):
+    device = scale.device
+    for b in range(len(scale)):
+        generator = generator_of(device, spec.seed, first + b)
+        for part in chunks(scale.shape[1], vocabulary):
             if not bool((scale[b, part] > 0).any()):
                 continue
-            p = probabilities(logits[b, part])
+            p = probabilities(logits(b, part))
+            curvature = found.weights[b, part] @ (p - p * p)
             labels = draw(p, generator) if found.labels is None else found.labels[b, part]
-            curvature += found.weights[b, part] @ (p - p * p)
-            gradient[b, part] = output_gradient(p, labels, scale[b, part]).to(logits.dtype)
-    return gradient, curvature
+            yield TokenGradients(b, part, output_gradient(p, labels, scale[b, part]), curvature)
+
+
+def logit_gradient(logits: Tensor, found: Supervision, spec: ScoreSpec, first: int) -> Tensor:
+    """Gradient of the summed losses [B, T', V] in the logits' dtype; see `token_gradients`."""
+    gradient = torch.zeros_like(logits)
+    pieces = token_gradients(lambda b, t: logits[b, t], logits.shape[-1], found, spec, first)
+    for piece in pieces:
+        gradient[piece.sequence, piece.part] = piece.gradient.to(logits.dtype)
+    return gradient
 
 
 def projection_gradients(

@@ -15,9 +15,11 @@ from mixllm_compiler.formats.row_format import RowFormat
 from mixllm_compiler.options import Options
 from mixllm_compiler.passes.captured_model import CapturedModel, capture_model
 from mixllm_compiler.quantizers.rtn import quantize_rows
+from mixllm_compiler.salience import replay, supervision
 from mixllm_compiler.salience.blocks import block_ends
 from mixllm_compiler.salience.kinds import ScoreSpec
-from mixllm_compiler.salience.replay import Found, score_graph
+from mixllm_compiler.salience.replay import Found
+from mixllm_compiler.salience.score_graph import score_graph
 from mixllm_compiler.salience.supervision import draw
 from mixllm_compiler.transforms.hadamard import block_hadamard
 from tests.helpers import VOCABULARY, captured, token_ids
@@ -199,3 +201,36 @@ def test_drawn_labels_have_the_models_distribution():
     share = torch.bincount(labels, minlength=5) / len(labels)
     torch.testing.assert_close(share, p[0], atol=0.02, rtol=0)
     assert share[0] == share[4] == 0
+
+
+def test_the_head_is_scored_by_its_exact_softmax_fisher():
+    """E over labels of δ_n² is p_n (1 − p_n), without drawing any."""
+    model = build("untied")
+    found = capture_model(model, IDS.split(2), Options(lm_head=True))
+    spec = ScoreSpec("kfac", FORMATS, budget=1)
+    scores = score_graph(found.graph, [found.inputs(i) for i in (0, 1)], spec)
+    twin = copy.deepcopy(model).double()
+    with torch.no_grad():
+        x = twin.model(IDS).last_hidden_state[:, :-1].flatten(0, 1)
+        p = twin.lm_head(x).softmax(-1)
+    curvature = (p - p * p).mean(0)
+    torch.testing.assert_close(scores.curvature["lm_head"].double(), curvature, rtol=1e-3, atol=0)
+    h = x.t() @ x / len(x)
+    wanted = [0.5 * curvature * ((e @ h) * e).sum(1) for e in deltas(model.lm_head)]
+    torch.testing.assert_close(
+        scores.losses["lm_head"].double(), torch.stack(wanted, 1), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["kfac", "fisher-sequence"])
+def test_logits_made_in_pieces_give_the_scores_of_whole_ones(kind, monkeypatch):
+    model = build("untied")
+    found = capture_model(model, IDS.split(2), Options(lm_head=True))
+    inputs = [found.inputs(i) for i in (0, 1)]
+    spec = ScoreSpec(kind, FORMATS, labels="text")
+    monkeypatch.setattr(supervision, "_CHUNK", 5 * VOCABULARY)
+    pieces = score_graph(found.graph, inputs, spec)
+    monkeypatch.setattr(replay, "_head", lambda *_: None)
+    whole = score_graph(found.graph, inputs, spec)
+    assert_close(pieces.losses, whole.losses, 1e-4)
+    assert "lm_head" in whole.losses
