@@ -19,17 +19,21 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mixllm_compiler import Plan, Scores, quantize, score
+from mixllm_compiler import Plan, Scores, score
 from mixllm_compiler.evaluation.measure import Quality, compare, kl_ratio
 from mixllm_compiler.evaluation.text import Windows, read_windows
 from mixllm_compiler.formats.bits import true_bits
+from mixllm_compiler.formats.neutral import QuantizedWeight
 from mixllm_compiler.formats.row_format import WIDTHS
 from mixllm_compiler.modules import PackedLinear
-from mixllm_compiler.passes.quantize_model import Recipe, dequantized
+from mixllm_compiler.options import Options
+from mixllm_compiler.passes.captured_model import CapturedModel, capture_model, even_batch
+from mixllm_compiler.passes.quantize_model import QuantizingRun, Recipe, Wanted, dequantized
 from mixllm_compiler.transforms.hadamard import block_for, block_hadamard
 
 TEXTS = ("wikitext2_test", "gutenberg_test")
 ROTATION = 128
+_BATCH = 16  # sequences that go through the model together
 ONE_SHOT = Recipe(propagate=False, refit=False, sweeps=0)  # GPTQ + clip, as published
 FULL = Recipe()
 
@@ -81,6 +85,7 @@ class Lab:
     tests: Mapping[str, Windows]
     console: Console
     _scores: dict[tuple[object, ...], Scores] = field(default_factory=dict)
+    _captured: dict[tuple[object, ...], CapturedModel] = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> Lab:
@@ -88,13 +93,11 @@ class Lab:
         torch.set_num_threads(args.threads)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        calibration = read_windows(
-            args.calibration, tokenizer, count=args.sequences, length=args.length
-        ).ids
+        # Windows of running text, as the figures that these are compared with have them.
+        read = functools.partial(read_windows, tokenizer=tokenizer, begin=False)
+        calibration = read(args.calibration, count=args.sequences, length=args.length).ids
         tests = {
-            text: read_windows(
-                args.texts / f"{text}.txt", tokenizer, count=count, length=args.window
-            )
+            text: read(args.texts / f"{text}.txt", count=count, length=args.window)
             for text, count in zip(TEXTS, args.windows, strict=True)
             if count
         }
@@ -127,12 +130,20 @@ class Lab:
             self.say(f"scores {kind} {family} rotate {rotate}", started)
         return self._scores[key]
 
-    def quantized(
+    def weights(
         self, plan: Plan, recipe: Recipe, scores: Scores | None = None, sequences: int | None = None
-    ) -> PreTrainedModel:
-        """A quantized copy of the model."""
-        data = self.calibration[:sequences] if sequences else self.calibration
-        return quantize(copy.deepcopy(self.model), plan, data, recipe=recipe, scores=scores)
+    ) -> dict[str, QuantizedWeight]:
+        """What `mixllm_compiler.quantize` makes, from a graph that all plans share."""
+        key = plan.rotation, sequences
+        if key not in self._captured:
+            ids = self.calibration[:sequences] if sequences else self.calibration
+            batches = ids.split(even_batch(len(ids), _BATCH))
+            options = Options(plan=plan, rotate=plan.rotation, quiet=True)
+            self._captured[key] = capture_model(self.model, batches, options)
+        wanted = {n: Wanted(s.widths, s.group, s.family) for n, s in plan.sites.items()}
+        curvature = None if scores is None else scores.curvature
+        run = QuantizingRun(self._captured[key], wanted, plan.activation_mode, recipe, curvature)
+        return run.run()
 
     def line(
         self,
@@ -144,11 +155,30 @@ class Lab:
     ) -> Line:
         """Quantize and measure."""
         started = time.perf_counter()
-        model = self.quantized(plan, recipe, scores, sequences)
+        weights = self.weights(plan, recipe, scores, sequences)
         seconds = time.perf_counter() - started
-        line = Line(label, plan, packed_bits(model), seconds, self.measure(model))
+        model = self.simulated(weights, plan.activation_mode)
+        line = Line(label, plan, true_bits(weights.values()), seconds, self.measure(model))
         self.say(f"{label}: {line.true_bits:.3f} bits, KL {line.kl():.5f}", started)
         return line
+
+    def simulated(self, weights: Mapping[str, QuantizedWeight], mode: str) -> PreTrainedModel:
+        """The model in float arithmetic on dequantized numbers; a bar holds it to the compiled one."""
+        model = copy.deepcopy(self.model)
+        for name, weight in weights.items():
+            parent, _, leaf = name.rpartition(".")
+            bias = getattr(model.get_submodule(name), "bias", None)
+            setattr(model.get_submodule(parent), leaf, _Simulated(weight, bias, mode))
+        return model
+
+    def packed(self, weights: Mapping[str, QuantizedWeight], mode: str) -> PreTrainedModel:
+        """The model with packed linears, as `mixllm_compiler.quantize` leaves it."""
+        model = copy.deepcopy(self.model)
+        for name, weight in weights.items():
+            parent, _, leaf = name.rpartition(".")
+            bias = getattr(model.get_submodule(name), "bias", None)
+            setattr(model.get_submodule(parent), leaf, PackedLinear(weight, bias, mode))
+        return model
 
     def measure(self, model: Callable[..., Any]) -> dict[str, Quality]:
         """One model against float on every text."""
@@ -186,10 +216,18 @@ def _round_input(rotation: int, module: nn.Module, args: tuple[Tensor, ...]) -> 
     return (block_hadamard(rounded, block) if block else rounded,)
 
 
-def packed_bits(model: torch.nn.Module) -> float:
-    """True bits of the packed tensors of a quantized model."""
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    return true_bits(m.quantized_weight() for m in packed)
+class _Simulated(nn.Module):
+    """A quantized linear in fp32: y = x̂ Ŵᵀ + b."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, mode: str) -> None:
+        super().__init__()
+        self.w = weight.dequantize(torch.float32)
+        self.bias, self.mode, self.group = bias, mode, weight.group
+        self.block = int(weight.transform.removeprefix("hadamard:") or 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = block_hadamard(x, self.block) if self.block else x
+        return nn.functional.linear(dequantized(turned, self.mode, self.group), self.w, self.bias)
 
 
 def _digits(value: float, digits: int = 4) -> float:

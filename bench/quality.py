@@ -24,6 +24,7 @@ from rich.table import Table
 from lab import ONE_SHOT, ROTATION, TEXTS, Lab, Line, arguments, parse
 from mixllm_compiler.allocation.allocate import make_plan, uniform_plan
 from mixllm_compiler.allocation.plan import Plan
+from mixllm_compiler.backend import mixllm
 from mixllm_compiler.evaluation.measure import compare, kl_ratio
 from mixllm_compiler.formats.row_format import WIDTHS
 from mixllm_compiler.frames import own_frame
@@ -161,12 +162,14 @@ def prediction(name: str, lines: Iterable[Line], floor: float) -> tuple[Bar, lis
 
 def compiled_bar(lab: Lab, name: str, plan: Plan) -> Bar:
     """KL of a compiled quantized model against that of the same model as it was evaluated."""
-    model = lab.quantized(plan, ONE_SHOT)
-    few = {TEXTS[0]: lab.tests[TEXTS[0]].first(4)}
-    backend = {"lower": "eager", "quiet": True, "rotate": plan.rotation}
-    run = torch.compile(own_frame(model.forward), backend="mixllm", options=backend)
-    found = compare(lab.model, {"eager": model, "compiled": run}, few[TEXTS[0]])
-    ratio = kl_ratio(found["compiled"], found["eager"]).value
+    weights = lab.weights(plan, ONE_SHOT)
+    simulated = lab.simulated(weights, plan.activation_mode)
+    packed = lab.packed(weights, plan.activation_mode)
+    options = {"lower": "eager", "quiet": True, "rotate": plan.rotation}
+    run = torch.compile(own_frame(packed.forward), backend=mixllm, options=options)
+    few = lab.tests[TEXTS[0]].first(4)
+    found = compare(lab.model, {"evaluated": simulated, "compiled": run}, few)
+    ratio = kl_ratio(found["compiled"], found["evaluated"]).value
     title = f"{name}: KL of the compiled / of the evaluated model, off by"
     return Bar.at_most(title, abs(ratio - 1), 0.01)
 

@@ -7,15 +7,16 @@ columns that come after it, and a group's grid is chosen when the sweep reaches 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightError
 from ..formats.neutral import QuantizedWeight, RowCodes
-from ..formats.row_format import RowFormat, group_size, groups_of
+from ..formats.row_format import RowFormat, group_size, groups_of, padded
 from .grid import (
     RATIOS,
     Grid,
@@ -29,6 +30,8 @@ from .hessian import Factor
 _ROWS = 16_384  # rows that are worked on at a time
 _SCALE_FACTORS = (1.0, 0.94, 0.88, 0.82, 0.76)
 _TINY = 1e-30
+_CACHE_CHUNK = 1 << 17  # weights that are worked on at a time where a cache holds them
+_DEVICE_CHUNK = 1 << 24  # and where starting a kernel costs more than memory
 _BY_ROW = ("widths", "codes", "step", "offset", "top", "scale")
 
 
@@ -141,7 +144,9 @@ def encode(
     ]
     if len(parts) == 1:
         return parts[0]
-    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in _BY_ROW}
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(p, name) for p in parts]) for name in _BY_ROW
+    }
     return replace(parts[0], **joined)
 
 
@@ -155,34 +160,68 @@ def _encode(
     factor: Factor | None,
 ) -> Encoded:
     n, k = w.shape
-    groups = groups_of(k, group)
-    grids = torch.ones(3, n, groups, device=w.device)
+    step, offset, top = torch.ones(3, n, groups_of(k, group), device=w.device)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
-    scale = (
-        row_scales(w, widths, group, importance, clip) if family == "two-level" else w.new_ones(n)
-    )
-    out = Encoded(widths, group, family, codes, grids[0], grids[1], grids[2], scale)
+    scale = w.new_ones(n)
+    if family == "two-level":
+        scale = row_scales(w, widths, group, importance, clip)
+    out = Encoded(widths, group, family, codes, step, offset, top, scale)
     x = w / scale[:, None]
-    order = range(groups) if factor is None else factor.groups
-    at = 0
-    if factor is not None:
-        x = x[:, factor.columns]
-    for g in order:
-        columns = out.columns(g)
-        size = columns.stop - columns.start
-        here = slice(at, at + size) if factor is not None else columns
-        part = x[:, here].contiguous()
-        grid = choose_grid(part, widths, family, importance[columns], clip)
-        out.step[:, g], out.offset[:, g], out.top[:, g] = grid.step, grid.offset, grid.top
-        if factor is None:
-            codes[:, columns] = grid.codes(part).to(torch.uint8)
-        else:
-            q, carried = _feed_back(part, grid, factor.upper[here, here])
-            codes[:, columns] = q.to(torch.uint8)
-            if at + size < k:
-                x[:, at + size :].addmm_(carried, factor.upper[here, at + size :], alpha=-1)
-        at += size
+    if factor is None:
+        _round(out, x, importance, clip)
+    else:
+        _round_and_feed_back(out, x, importance, clip, factor)
     return out
+
+
+def _round(out: Encoded, x: Tensor, importance: Tensor, clip: bool) -> None:
+    """Every weight to its nearest value, as many groups at a time as a cache holds."""
+    parts = in_groups(x, out.group)
+    weights = in_groups(importance, out.group)
+    for groups in _some(parts):
+        part = parts[:, groups].contiguous()
+        grid = choose_grid(part, out.widths, out.family, weights[groups], clip)
+        out.step[:, groups], out.offset[:, groups] = grid.step, grid.offset
+        out.top[:, groups] = grid.top
+        size = parts.shape[2]
+        columns = slice(groups.start * size, min(groups.stop * size, x.shape[1]))
+        q = grid.codes(part).flatten(1)
+        out.codes[:, columns] = q[:, : columns.stop - columns.start].to(torch.uint8)
+
+
+def in_groups(x: Tensor, group: int) -> Tensor:
+    """[..., K] → [..., G, g], the last group padded with zeros."""
+    k = x.shape[-1]
+    missing = padded(k, group) - k
+    padding = torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return padding.unflatten(-1, (-1, group_size(k, group)))
+
+
+def _some(parts: Tensor) -> Iterator[slice]:
+    """Slices of the groups of [R, G, g] to work on together."""
+    n, groups, size = parts.shape
+    most = _DEVICE_CHUNK if parts.is_cuda else _CACHE_CHUNK
+    count = max(1, most // max(1, n * size))
+    for at in range(0, groups, count):
+        yield slice(at, min(at + count, groups))
+
+
+def _round_and_feed_back(
+    out: Encoded, x: Tensor, importance: Tensor, clip: bool, factor: Factor
+) -> None:
+    """GPTQ's sweep; x [N, K] in units of the rows' scales."""
+    x, at, k = x[:, factor.columns], 0, x.shape[1]
+    for g in factor.groups:
+        columns = out.columns(g)
+        here = slice(at, at + columns.stop - columns.start)
+        part = x[:, here].contiguous()
+        grid = choose_grid(part, out.widths, out.family, importance[columns], clip)
+        out.step[:, g], out.offset[:, g], out.top[:, g] = grid.step, grid.offset, grid.top
+        q, carried = _feed_back(part, grid, factor.upper[here, here])
+        out.codes[:, columns] = q.to(torch.uint8)
+        at = here.stop
+        if at < k:
+            x[:, at:].addmm_(carried, factor.upper[here, at:], alpha=-1)
 
 
 def _feed_back(x: Tensor, grid: Grid, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +245,7 @@ def _feed_back(x: Tensor, grid: Grid, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_grid(x: Tensor, widths: Tensor, family: str, importance: Tensor, clip: bool) -> Grid:
-    """The best grids for one group x [R, g] of rows of any widths."""
+    """The best grids for groups x [R, g] or [R, G, g] of rows of any widths."""
     found: Grid | None = None
     for eight in (True, False):
         rows = ((widths == 8) == eight).nonzero().flatten()
@@ -217,7 +256,7 @@ def choose_grid(x: Tensor, widths: Tensor, family: str, importance: Tensor, clip
         grid = _grid_of(part, bits, family, importance, clip, eight)
         if whole:
             return grid
-        found = found or Grid(*(x.new_empty(len(x)) for _ in range(3)))
+        found = found or Grid(*(x.new_empty(x.shape[:-1]) for _ in range(3)))
         found.put(rows, grid)
     assert found is not None
     return found
@@ -227,11 +266,12 @@ def _grid_of(
     x: Tensor, widths: Tensor, family: str, importance: Tensor, clip: bool, eight: bool
 ) -> Grid:
     if eight and family == "two-level":
-        return Grid(x.new_ones(len(x)), x.new_full((len(x),), -127), x.new_full((len(x),), 254))
+        shape = x.shape[:-1]
+        return Grid(x.new_ones(shape), x.new_full(shape, -127), x.new_full(shape, 254))
     ratios = ratios_for(int(widths.min()), clip)
     if eight:
         return symmetric_grid(x, importance, ratios)
-    top = torch.exp2(widths.float()) - 1
+    top = (torch.exp2(widths.float()) - 1).view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
     if family == "two-level":
         return two_level_grid(x, top, importance, ratios)
     return asym_grid(x, top, importance, ratios)
@@ -247,8 +287,7 @@ def row_scales(w: Tensor, widths: Tensor, group: int, importance: Tensor, clip: 
     scale = torch.where(scale > 0, scale.clamp(min=_TINY), torch.ones_like(scale))
     if not clip:
         return scale
-    k = w.shape[1]
-    size = group_size(k, group)
+    weights = in_groups(importance, group)
     for bits in sorted(set(widths.tolist()) - {2, 3, 4}):
         rows = (widths == bits).nonzero().flatten()
         mine, part = w[rows], scale[rows]
@@ -260,11 +299,12 @@ def row_scales(w: Tensor, widths: Tensor, group: int, importance: Tensor, clip: 
             if bits == 8:
                 error = (x - x.round().clamp_(-127, 127)).square_() @ importance
             else:
-                top = torch.full_like(tried, 2.0**bits - 1)
-                error = torch.zeros_like(tried)
-                for at in range(0, k, size):
-                    y, d = x[:, at : at + size].contiguous(), importance[at : at + size]
-                    error += two_level_grid(y, top, d, RATIOS[:3], descent=0).errors(y, d)
+                error, parts = torch.zeros_like(tried), in_groups(x, group)
+                for groups in _some(parts):
+                    y, d = parts[:, groups].contiguous(), weights[groups]
+                    top = x.new_full(y.shape[:-1], 2.0**bits - 1)
+                    grid = two_level_grid(y, top, d, RATIOS[:3], descent=0)
+                    error += grid.errors(y, d).sum(1)
             error *= tried.square()
             if best is None:
                 best = error

@@ -28,26 +28,30 @@ _FP16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Grid:
-    """One group of R rows: values step·q + offset, q = 0 … top; fp32 [R] each."""
+    """Groups x [..., g] of weights: values step·q + offset, q = 0 … top; fp32 [...] each."""
 
     step: Tensor
     offset: Tensor
     top: Tensor
 
     def codes(self, x: Tensor) -> Tensor:
-        """Nearest q of values [R, g], as floats."""
-        q = torch.addcmul(-(self.offset / self.step)[:, None], x, (1 / self.step)[:, None])
-        return q.round_().clamp_(min=0).minimum(self.top[:, None])
+        """Nearest q of values [..., g], as floats."""
+        q = torch.addcmul(-(self.offset / self.step)[..., None], x, (1 / self.step)[..., None])
+        return q.round_().clamp_(min=0).minimum(self.top[..., None])
 
     def values(self, q: Tensor) -> Tensor:
-        return torch.addcmul(self.offset[:, None], q, self.step[:, None])
+        """The values of codes q [..., g]."""
+        return torch.addcmul(self.offset[..., None], q, self.step[..., None])
 
     def errors(self, x: Tensor, importance: Tensor) -> Tensor:
-        """[R] Σ_k importance[k] · (x − nearest value)²."""
-        u = torch.addcmul(-(self.offset / self.step)[:, None], x, (1 / self.step)[:, None])
+        """[...] Σ_k importance[k] · (x − nearest value)².
+
+        Importance is [g], or [G, g] for x [R, G, g].
+        """
+        u = torch.addcmul(-(self.offset / self.step)[..., None], x, (1 / self.step)[..., None])
         q = u.round().clamp_(min=0)
-        torch.minimum(q, self.top[:, None], out=q)
-        return (u.sub_(q).square_() @ importance) * self.step.square()
+        torch.minimum(q, self.top[..., None], out=q)
+        return weighted(u.sub_(q).square_(), importance) * self.step.square()
 
     def where(self, better: Tensor, other: Grid) -> Grid:
         """This grid in rows that are `better`, the other one elsewhere."""
@@ -60,6 +64,11 @@ class Grid:
     def put(self, rows: Tensor, part: Grid) -> None:
         """Write the grid of some rows in place."""
         self.step[rows], self.offset[rows], self.top[rows] = part.step, part.offset, part.top
+
+
+def weighted(x: Tensor, importance: Tensor) -> Tensor:
+    """Σ_k x[..., k] · importance[k], each group with its own weights if it has some."""
+    return x @ importance if importance.dim() == 1 else torch.linalg.vecdot(x, importance)
 
 
 class _Best:
@@ -86,7 +95,7 @@ def ratios_for(bits: int, clip: bool) -> Sequence[float]:
 
 
 def asym_grid(x: Tensor, top: Tensor, importance: Tensor, ratios: Sequence[float]) -> Grid:
-    """fp16 step and integer zero point for x [R, g]; the range always holds zero.
+    """fp16 step and integer zero point for groups x [..., g]; the range always holds zero.
 
     Raises:
         WeightError: a scale does not fit fp16.
@@ -102,7 +111,7 @@ def asym_grid(x: Tensor, top: Tensor, importance: Tensor, ratios: Sequence[float
 
 
 def symmetric_grid(x: Tensor, importance: Tensor, ratios: Sequence[float]) -> Grid:
-    """fp16 step for x [R, g], codes −127 … 127.
+    """fp16 step for groups x [..., g], codes −127 … 127.
 
     Raises:
         WeightError: a scale does not fit fp16.
@@ -119,7 +128,9 @@ def symmetric_grid(x: Tensor, importance: Tensor, ratios: Sequence[float]) -> Gr
 def two_level_grid(
     x: Tensor, top: Tensor, importance: Tensor, ratios: Sequence[float], descent: int = _DESCENT
 ) -> Grid:
-    """Integer step t ≥ 1 and offset c − 128 in [−127, 0] for x [R, g] in units of the row's scale.
+    """Integer step t ≥ 1 and offset c − 128 in [−127, 0] for groups x [..., g].
+
+    x is in units of the row's scale.
 
     Beside clipped ranges, `descent` rounds try the integers next to the least-squares step and
     offset of the present codes.
@@ -131,14 +142,14 @@ def two_level_grid(
         step = (hi - lo) * (ratio / top)
         best.offer(_two_level(step.floor(), offset, top))
         best.offer(_two_level(step.ceil(), offset, top))
-    weight = importance.sum()
+    weight = importance.sum(-1)
     for _ in range(descent):
         grid = best.grid
         assert grid is not None
         q = grid.codes(x)
-        mean_q, mean_x = (q @ importance) / weight, (x @ importance) / weight
-        variance = (q.square() @ importance) / weight - mean_q.square()
-        covariance = ((q * x) @ importance) / weight - mean_q * mean_x
+        mean_q, mean_x = weighted(q, importance) / weight, weighted(x, importance) / weight
+        variance = weighted(q.square(), importance) / weight - mean_q.square()
+        covariance = weighted(q * x, importance) / weight - mean_q * mean_x
         step = torch.where(variance > 1e-6, covariance / variance.clamp(min=1e-6), grid.step)
         step = step.round_().clamp_(1, 255)
         best.offer(_two_level(step, (mean_x - step * mean_q).round_(), top))
