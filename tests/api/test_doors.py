@@ -197,7 +197,8 @@ def test_a_plan_may_come_from_a_file(scores, tmp_path):
 def test_a_model_can_be_compiled_again_with_another_budget(scores):
     model = build("llama")
     for bits in (4.4, 6.0):
-        mixllm_compiler.compile(model, plan=mixllm_compiler.plan(scores, bits=bits), **EAGER)
+        plan = mixllm_compiler.plan(scores, bits=bits, tile=1)
+        mixllm_compiler.compile(model, plan=plan, **EAGER)
         with records.collect() as graphs:
             model(IDS)
         assert graphs[0].true_bits() == pytest.approx(bits, rel=5e-3)

@@ -35,7 +35,7 @@ def bits_of(rows: dict[int, int], n: int, k: int) -> float:
 
 
 def test_the_table_names_every_linear_and_why_one_stays_float():
-    text = str(mixllm_compiler.explain(build("llama"), IDS, options={"bits": 4.6}))
+    text = str(mixllm_compiler.explain(build("llama"), IDS, options={"bits": 4.6, "tile": 1}))
     assert "14 linears, 4.60 true bits (asked 4.60 bits)" in text
     assert "model.layers.1.mlp.down_proj" in text
     assert "the output head (quantize it with lm_head=True)" in text

@@ -51,7 +51,7 @@ def test_a_mistyped_pattern_is_refused(mixllm, tiny_model):
 def test_score_then_plan_then_explain(answer, mixllm, tiny_model):
     scored = answer("score", tiny_model, *FEW)
     assert scored["sequences"] == 2 and len(scored["matrices"]) == LINEARS
-    planned = answer("plan", "scores.safetensors", "--bits", 4.6)
+    planned = answer("plan", "scores.safetensors", "--bits", 4.6, "--tile", 1)
     assert 4.55 < planned["true_bits"] <= 4.6
     (graph,) = answer("explain", tiny_model, "--plan", "plan.safetensors")["graphs"]
     quantized = [line for line in graph["linears"] if not line["float"]]
@@ -59,6 +59,23 @@ def test_score_then_plan_then_explain(answer, mixllm, tiny_model):
     assert {line["name"]: line["true_bits"] for line in quantized} == pytest.approx(
         {name: site["true_bits"] for name, site in planned["matrices"].items()}
     )
+
+
+def test_a_plan_by_bytes_and_one_by_what_it_may_lose(answer, mixllm, tiny_model):
+    answer("score", tiny_model, *FEW, "--widths", "3,4,5,8")
+    tiles = "--tile", 32, "--window", 64, "--no-siblings", "--tp", 2, "--formats-per-layer", 2
+    planned = answer("plan", "scores.safetensors", "--bits", 4.6, *tiles)
+    assert all(len(site["rows"]) <= 2 for site in planned["matrices"].values())
+    assert all(n % 32 == 0 for site in planned["matrices"].values() for n in site["rows"].values())
+    same = answer("plan", "scores.safetensors", "--bytes", planned["true_bytes"], *tiles)
+    assert same["digest"] == planned["digest"]
+    rule = "--constant", 2, "--floor", 0.001
+    kl = 2 * planned["predicted_loss"] + 0.001
+    by_kl = answer("plan", "scores.safetensors", "--kl", kl, *rule, *tiles)
+    assert by_kl["predicted_kl"] <= kl
+    assert by_kl["true_bytes"] <= 1.02 * planned["true_bytes"]
+    result = mixllm("plan", "scores.safetensors", "--kl", 1, "--bits", 4.4)
+    assert result.exit_code == 1 and "give the budget as bits or as kl, not both" in result.stderr
 
 
 def test_a_plan_of_rotated_scores_is_rotated(answer, tiny_model):
@@ -88,7 +105,7 @@ def test_compile_dumps_every_pass(answer, mixllm, tiny_model, tmp_path):
 
 def test_compile_says_what_became_of_the_linears(mixllm, tiny_model):
     shown = mixllm("compile", tiny_model, *FEW, "--lower", "eager").stdout
-    assert "14 linears, 4.4" in shown and "true bits" in shown
+    assert "14 linears, 4." in shown and "true bits (asked 4.40 bits)" in shown
     assert "the output head" in shown
 
 

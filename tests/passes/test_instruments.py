@@ -61,7 +61,7 @@ def test_a_diff_shows_what_one_pass_did(tmp_path):
 
 
 def test_a_dump_has_the_plan_and_a_summary(tmp_path):
-    folder = dumped(tmp_path, widths=(4, 8), bits=5)
+    folder = dumped(tmp_path, widths=(4, 8), bits=5, tile=1)
     plan = Plan.load(folder / "plan.safetensors")
     assert 4.97 < plan.true_bits <= 5
     assert plan.summary() + "\n" == (folder / "plan.txt").read_text()
