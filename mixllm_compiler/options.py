@@ -31,7 +31,7 @@ class Options:
         plan: a `Plan` or the path of a saved one; nothing is scored then.
         bits: budget in true bits per quantized weight (default 4.4; preset "paper": 10 % of
             the features at 8 bits unless a budget is given).
-        preset: "best" (sequence Fisher scores, byte-true knapsack) or "paper".
+        preset: "best" (loss-aware scores, byte-true knapsack) or "paper".
         widths: candidate bits per row.
         group: group size along K.
         family: of formats, "asym" or "two-level"; all rows share one.

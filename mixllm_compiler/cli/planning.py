@@ -18,7 +18,11 @@ def score(
     out: Out = Path("scores.safetensors"),
     kind: Annotated[
         str | None,
-        typer.Option("--kind", help="fisher-sequence (default), paper or weight-error."),
+        typer.Option(
+            "--kind",
+            help="kfac (default), fisher-token, fisher-sequence, paper, zeroth-order, hessian or "
+            "weight-error.",
+        ),
     ] = None,
     data: arg.Data = "self",
     sequences: arg.Sequences = None,
@@ -30,6 +34,9 @@ def score(
     rotate: arg.Rotate = None,
     lm_head: arg.LmHead = False,
     exclude: arg.Exclude = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Keep what is done here; go on from it.")
+    ] = None,
     device: arg.Device = None,
     dtype: arg.Dtype = None,
 ) -> Output:
@@ -56,6 +63,7 @@ def score(
             tokenizer=tokenizer,
             batch=batch,
             progress=step,
+            resume=resume,
             **arg.scoring_options(sequences=sequences, length=length, seed=seed),
             **options,
         )
