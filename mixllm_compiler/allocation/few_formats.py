@@ -7,8 +7,8 @@ lower price, if the budget holds them too, are the other candidate.
 
 No allocation that keeps the rule and the budget loses less than Σ_groups min_sets Σ_items
 min (loss + λ·bytes) − λ·budget: the certificate's bound. It is at least that of the knapsack
-without the rule. What the heuristic gives up shows in the gap: at most about what one group gains
-by its best change of sets.
+without the rule. What the heuristic gives up is what the gap says: little where groups are many,
+while of a few groups one may keep a set that leaves bytes over.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def regions(problem: Problem, tiling: Tiling) -> list[Region]:
                 at = starts[number] + part * share
                 shares.append(torch.arange(at, at + share))
             rows = torch.cat(shares)
-            tile = len(rows) if whole else tiling.tile
+            tile = len(rows) if whole else min(tiling.tile, len(rows))
             window = len(rows) if whole or not tiling.window else tiling.window
             found.append(_sorted(problem, Region(numbers[0], rows, tile, window)))
     return found
