@@ -81,10 +81,10 @@ def measure(model: str, of: str, threads: int) -> dict[str, Any]:
     """Seconds, peak memory and gap of one plan."""
     torch.set_num_threads(threads)
     scores = random_scores(*MODELS[model])
+    scored = _peak()
     budget: dict[str, Any] = {"bits": BITS}
     if of == "tiles, by KL":
         budget = {"kl": make_plan(scores, bits=BITS).predicted_loss}
-    scored = _peak()
     start = time.perf_counter()
     plan = make_plan(scores, **budget, **TILES[of])
     seconds = time.perf_counter() - start
