@@ -37,7 +37,8 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     if x.shape[-1] % block:
         raise OptionError(f"K = {x.shape[-1]} is not a multiple of the Hadamard block {block}")
     rows = x.numel() // x.shape[-1] if x.numel() else 0
-    if not x.requires_grad and rows > 1 and x.numel() > 2 * _CACHED:
+    in_parts = x.device.type == "cpu" and not x.requires_grad
+    if in_parts and rows > 1 and x.numel() > 2 * _CACHED:
         parts = x.reshape(rows, -1).split(max(1, _CACHED // x.shape[-1]))
         return torch.cat([_butterflies(part, block) for part in parts]).view(x.shape)
     return _butterflies(x, block)
