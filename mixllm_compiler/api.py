@@ -35,6 +35,12 @@ from .transforms.hadamard import block_hadamard, transform_of
 
 QUANTIZE_SEQUENCES = 64  # GPTQ and the refit still gain up to here; scores need 8
 
+# What `compile` hands on to `score`, besides the backend's options.
+_SCORING = (
+    *("tokenizer", "sequences", "length", "kind", "labels", "clip", "token_weights"),
+    *("batch", "seed", "resume"),
+)
+
 M = TypeVar("M", bound=nn.Module)
 Data = Tensor | Sequence[str] | str | Path
 
@@ -263,15 +269,11 @@ def compile(
         mode: a `torch.compile` mode.
         dynamic: as in `torch.compile`.
         release: free the float weights after packing; the model cannot be compiled again.
-        options: any option of the backend, and `tokenizer`, `sequences`, `length`, `kind` of
-            `score`.
+        options: any option of the backend, and those of `score`: `tokenizer`,
+            `sequences`, `length`, `kind`, `labels`, `batch`, `seed`, `resume` and so on.
     """
     _refuse_training(model)
-    scoring = {
-        k: options.pop(k)
-        for k in ("tokenizer", "sequences", "length", "kind", "labels", "batch", "seed")
-        if k in options
-    }
+    scoring = {k: options.pop(k) for k in _SCORING if k in options}
     opts = Options.parse({**options, "bits": bits, "plan": plan, "release": release})
     found = opts.resolved_plan()
     if found is None:

@@ -322,7 +322,9 @@ _AUGMENTED = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod"
 
 
 def _is_inplace_name(name: str) -> bool:
-    """`add_`, `iadd` (as in `operator`), `__iadd__`."""
+    """`add_`, `iadd` (as in `operator`), `__iadd__`; not `operator.and_`, a plain `&`."""
+    if name in ("and_", "or_", "not_", "is_"):
+        return False
     if name.removeprefix("__").removesuffix("__") in _AUGMENTED:
         return True
     return name.endswith("_") and not name.endswith("__")

@@ -58,7 +58,7 @@ class ForwardOnly(Replay):
             weights = self.token_weights
             first, size = self.firsts[b], self.sizes[b]
             own = None if weights is None else weights[first : first + size]
-            found = supervise(logits.shape[:2], self.batches[b], self.where, self.spec, own)
+            found = supervise(logits, self.batches[b], self.where, self.spec, own)
             self.known.append(found)
             if not groups:
                 groups = list(self._groups())

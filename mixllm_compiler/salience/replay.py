@@ -158,7 +158,7 @@ class Replay:
     def _forward(self, i: int, segment: Segment, b: int) -> None:
         self.at = b
         self.statistics.start_batch()
-        stored = {n: _back(v, self._device(b)) for n, v in self.stored[i][b].items()}
+        stored = {n: _back(v) for n, v in self.stored[i][b].items()}
         given = {**self.batches[b], **self.shared, **stored}
         live = self.run_graph.run_segment(segment, given)
         for node, value in live.items():
@@ -171,7 +171,7 @@ class Replay:
     def _backward(self, i: int, segment: Segment, b: int) -> None:
         self.at = b
         self.statistics.start_batch()
-        leaves = {n: _leaf(v, self._device(b)) for n, v in self.stored[i][b].items()}
+        leaves = {n: _leaf(_back(v)) for n, v in self.stored[i][b].items()}
         live = self.run_graph.run_segment(segment, {**self.batches[b], **self.shared, **leaves})
         if i == len(self.segments) - 1:
             roots, gradients = self._loss_roots({**leaves, **live}, b)
@@ -200,7 +200,7 @@ class Replay:
         if isinstance(logits, Tensor) and logits.dim() == 3:
             weights = self.token_weights
             own = None if weights is None else weights[first : first + size]
-            found = supervise(logits.shape[:2], self.batches[b], self.where, self.spec, own)
+            found = supervise(logits, self.batches[b], self.where, self.spec, own)
             self.reach[b], self.loss = found.reach, found.name
             self.weights[first : first + size] = found.tokens
             with torch.no_grad():
@@ -267,10 +267,6 @@ class Replay:
         """What a linear's output goes on as."""
         return y
 
-    def _device(self, b: int) -> torch.device:
-        tensors = (v for v in self.batches[b].values() if isinstance(v, Tensor))
-        return next((t.device for t in tensors), torch.device("cpu"))
-
     def step(self) -> None:
         """Tell how far it is."""
         self.done += 1
@@ -310,18 +306,25 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+@dataclass(frozen=True)
+class _Parked:
+    """A tensor on the CPU, and where it came from."""
+
+    tensor: Tensor
+    home: torch.device
+
+
 def _parked(value: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.cpu(), value)
+    return pytree.tree_map_only(Tensor, lambda t: _Parked(t.cpu(), t.device), value)
 
 
-def _back(value: Any, device: torch.device) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), value)
+def _back(value: Any) -> Any:
+    return pytree.tree_map_only(_Parked, lambda p: p.tensor.to(p.home), value)
 
 
-def _leaf(value: Any, device: torch.device) -> Any:
+def _leaf(value: Any) -> Any:
     def leaf(t: Tensor) -> Tensor:
-        t = t.to(device).detach()
-        return t.requires_grad_() if t.is_floating_point() else t
+        return t.detach().requires_grad_() if t.is_floating_point() else t.detach()
 
     return pytree.tree_map_only(Tensor, leaf, value)
 

@@ -69,13 +69,13 @@ class Supervision:
 
 
 def supervise(
-    lead: Sequence[int],
+    logits: Tensor,
     inputs: Mapping[fx.Node, Any],
     where: LossInputs,
     spec: ScoreSpec,
     token_weights: Tensor | None = None,
 ) -> Supervision:
-    """What is supervised in a batch whose logits are [B, T', V]; `lead` is (B, T').
+    """What is supervised in a batch whose logits are [B, T', V]; their values are not read.
 
     Position t predicts token t + 1, whose mask and weight count. Logits that do not cover the ids
     (the last position only) are all supervised, by labels drawn from the model.
@@ -83,8 +83,7 @@ def supervise(
     Args:
         token_weights: [B, T] of this batch; 0 means no loss on that token.
     """
-    b, t = lead
-    device = next(v.device for v in inputs.values() if isinstance(v, Tensor))
+    (b, t), device = logits.shape[:2], logits.device
     ids = inputs[where.ids] if where.ids is not None else None
     mask = inputs[where.mask] if where.mask is not None else None
     if ids is None or ids.shape[1] != t or t < 2:

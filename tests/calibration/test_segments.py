@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mixllm_compiler.calibration.segments import SegmentInterpreter, cut
-from mixllm_compiler.ir.graph import MixGraph
+from mixllm_compiler.ir.graph import MixGraph, mutated_inputs
 from tests.helpers import activations, captured
 
 
@@ -52,6 +55,15 @@ def test_writes_in_place_reach_later_segments_and_no_stored_value():
             assert all(torch.equal(live[n], again[n]) for n in live)
         (result,) = (v for n, v in live.items() if any(u.op == "output" for u in n.users))
         assert torch.equal(result, expected), node
+
+
+@pytest.mark.parametrize(
+    "function, writes", [(operator.and_, False), (operator.or_, False), (operator.iand, True)]
+)
+def test_names_that_only_look_like_writes(function, writes):
+    graph = fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    assert mutated_inputs(graph.call_function(function, (a, b))) == ([a] if writes else [])
 
 
 def test_no_cut_between_a_view_and_what_is_written_through_it():
