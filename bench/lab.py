@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import math
+import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mixllm_compiler import Plan, Scores, score
+from mixllm_compiler.allocation.allocate import make_plan, uniform_plan
 from mixllm_compiler.evaluation.measure import Quality, compare, kl_ratio
 from mixllm_compiler.evaluation.text import Windows, read_windows
 from mixllm_compiler.formats.bits import true_bits
@@ -36,6 +40,31 @@ ROTATION = 128
 _BATCH = 16  # sequences that go through the model together
 ONE_SHOT = Recipe(propagate=False, refit=False, sweeps=0)  # GPTQ + clip, as published
 FULL = Recipe()
+PAPER_BITS = "the paper's bits"
+RAW = {"family": "asym", "rotate": 0, "widths": (4, 8)}
+PAPER_SCORES = {"kind": "paper", **RAW}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model to quantize and measure.
+
+    Attributes:
+        label, section: for the table.
+        bits: true bits, PAPER_BITS for those of the paper's plan, None for what the preset gives.
+        scores: arguments of `Lab.scores`; ours by default.
+        plan: further arguments of `make_plan`; `{"uniform": 4}` gives all rows that width.
+        recipe: of the weight quantizer.
+        sequences: of calibration text, None for all.
+    """
+
+    label: str
+    bits: float | str | None = None
+    section: str = ""
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe = FULL
+    sequences: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +166,7 @@ class Lab:
         key = plan.rotation, sequences
         if key not in self._captured:
             ids = self.calibration[:sequences] if sequences else self.calibration
-            batches = ids.split(even_batch(len(ids), _BATCH))
+            batches = ids.split(even_batch(len(ids), max(1, min(_BATCH, len(ids) // 4))))
             options = Options(plan=plan, rotate=plan.rotation, quiet=True)
             self._captured[key] = capture_model(self.model, batches, options)
         wanted = {n: Wanted(s.widths, s.group, s.family) for n, s in plan.sites.items()}
@@ -163,7 +192,7 @@ class Lab:
         return line
 
     def simulated(self, weights: Mapping[str, QuantizedWeight], mode: str) -> PreTrainedModel:
-        """The model in float arithmetic on dequantized numbers; a bar holds it to the compiled one."""
+        """The model in float arithmetic on dequantized numbers; a bar compares the compiled one."""
         model = copy.deepcopy(self.model)
         for name, weight in weights.items():
             parent, _, leaf = name.rpartition(".")
@@ -179,6 +208,30 @@ class Lab:
             bias = getattr(model.get_submodule(name), "bias", None)
             setattr(model.get_submodule(parent), leaf, PackedLinear(weight, bias, mode))
         return model
+
+    def run(self, case: Case) -> Line:
+        """Plan, quantize, measure."""
+        scores = self.scores(**case.scores)
+        return self.line(case.label, self.plan(case, scores), case.recipe, scores, case.sequences)
+
+    def plan(self, case: Case, scores: Scores) -> Plan:
+        """The plan of a case."""
+        rotation = int(scores.settings["rotate"])
+        settings: dict[str, Any] = {"rotation": rotation, **case.plan}
+        if "uniform" in settings:
+            bits, group = settings.pop("uniform"), scores.group
+            return uniform_plan(
+                scores.fingerprint,
+                scores.shapes,
+                bits,
+                group=group,
+                family=scores.family,
+                **settings,
+            )
+        bits = case.bits
+        if bits == PAPER_BITS:
+            bits = make_plan(self.scores(**PAPER_SCORES), preset="paper").true_bits
+        return make_plan(scores, bits=bits, **settings)
 
     def measure(self, model: Callable[..., Any]) -> dict[str, Quality]:
         """One model against float on every text."""
@@ -230,6 +283,49 @@ class _Simulated(nn.Module):
         return nn.functional.linear(dequantized(turned, self.mode, self.group), self.w, self.bias)
 
 
+_LAB: Lab | None = None
+
+
+def _open(args: argparse.Namespace) -> None:
+    global _LAB
+    _LAB = Lab.open(args)
+
+
+def _run(case: Case) -> Line:
+    assert _LAB is not None
+    return _LAB.run(case)
+
+
+def run_cases(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Line]:
+    """All cases, in `--workers` processes: one process cannot keep a GPU busy.
+
+    Cases that are not done after `--limit` seconds are left out, and the console says which.
+    """
+    ends = time.perf_counter() + args.limit
+    if args.workers < 2:
+        _open(args)
+        return {c.label: _run(c) for c in cases if time.perf_counter() < ends}
+    found: dict[str, Line] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, context, _open, (args,)) as pool:
+        futures = {pool.submit(_run, case): case for case in cases}
+        left = None if math.isinf(ends) else max(0.0, ends - time.perf_counter())
+        try:
+            for future in as_completed(futures, left):
+                label = futures[future].label
+                if future.exception() is None:
+                    found[label] = future.result()
+                else:
+                    print(f"{label} failed: {future.exception()}")
+        except TimeoutError:
+            late = [case.label for future, case in futures.items() if not future.done()]
+            print(f"left out after {args.limit:.0f} s: {', '.join(late)}")
+            pool.shutdown(cancel_futures=True, wait=False)
+            for process in multiprocessing.active_children():
+                process.terminate()
+    return {case.label: found[case.label] for case in cases if case.label in found}
+
+
 def _digits(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
@@ -248,6 +344,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, default=1024, help="tokens of each")
     add("--threads", type=int, default=2)
     add("--device", default="cpu", help="cpu or cuda")
+    add("--workers", type=int, default=1, help="processes that share the device")
+    add("--limit", type=float, default=math.inf, help="seconds, after which cases are left out")
     add("--quick", action="store_true", help="a few short windows; nothing is written")
 
 

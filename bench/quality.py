@@ -21,17 +21,43 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lab import ONE_SHOT, ROTATION, TEXTS, Lab, Line, arguments, parse
-from mixllm_compiler.allocation.allocate import make_plan, uniform_plan
-from mixllm_compiler.allocation.plan import Plan
+from lab import (
+    ONE_SHOT,
+    PAPER_BITS,
+    PAPER_SCORES,
+    RAW,
+    ROTATION,
+    TEXTS,
+    Case,
+    Lab,
+    Line,
+    arguments,
+    parse,
+    run_cases,
+)
 from mixllm_compiler.backend import mixllm
 from mixllm_compiler.evaluation.measure import compare, kl_ratio
-from mixllm_compiler.formats.row_format import WIDTHS
 from mixllm_compiler.frames import own_frame
 from results_io import Bar, write_results
 
 UNIFORM, PAPER = "uniform W4", "paper, 10 % at 8 bits"
 PAPER_BYTES, KFAC_48 = "paper's score by bytes at 4.4", "{4,8} kfac at 5.0"
+_ROWS = {"granularity": "rows"}
+_KFAC = {"kind": "kfac", "clip": True, **RAW}
+BASELINES = (
+    Case(UNIFORM, scores=_KFAC, plan={"uniform": 4}, recipe=ONE_SHOT),
+    Case(PAPER, scores=PAPER_SCORES, plan={"preset": "paper"}, recipe=ONE_SHOT),
+    Case(PAPER_BYTES, 4.4, scores=PAPER_SCORES, plan={"preset": "paper"}, recipe=ONE_SHOT),
+    Case(KFAC_48, 5.0, scores=_KFAC, plan=_ROWS, recipe=ONE_SHOT),
+)
+# True bits → (baseline, most that our KL may be of its KL).
+TARGETS: dict[float | str, tuple[str, float]] = {
+    PAPER_BITS: (PAPER, 0.37),
+    4.4: (PAPER_BYTES, 0.43),
+    4.156: (UNIFORM, 0.41),
+    3.6: (UNIFORM, 0.87),
+    5.0: (KFAC_48, 0.385),
+}
 # KL on wikitext2_test of wiki-88m that our baselines may exceed by 2 %; weak ones prove nothing.
 STRONG = {PAPER: 0.00404, UNIFORM: 0.00779, PAPER_BYTES: 0.0054, KFAC_48: 0.00294}
 SWEEP = (2.6, 3.0, 3.2, 3.4, 4.0, 5.5, 6.0)
@@ -39,31 +65,28 @@ SWEEP = (2.6, 3.0, 3.2, 3.4, 4.0, 5.5, 6.0)
 
 def main(argv: list[str] | None = None) -> int:
     """Quantize, measure, print; write the results unless `--quick`."""
-    args = _arguments(argv)
-    lab, started = Lab.open(args), time.perf_counter()
-    baselines = measure_baselines(lab)
-    ours = {
-        label: lab.line(f"ours at {label}", our_plan(lab, bits), scores=lab.scores())
-        for label, (bits, _, _) in targets(baselines).items()
-    }
+    args, started = _arguments(argv), time.perf_counter()
+    swept = [ours(bits) for bits in SWEEP] if args.sweep else []
+    lines = run_cases(args, [*BASELINES, *(ours(bits) for bits in TARGETS), *swept])
     bars = [
-        *(baseline_bars(args.name, baselines) if args.strong else ()),
-        *ratio_bars(args.name, baselines, ours),
+        *(baseline_bars(args.name, lines) if args.strong else ()),
+        *ratio_bars(args.name, lines),
     ]
-    rows = [line.row() for line in baselines.values()]
-    for label, (_, of, _) in targets(baselines).items():
-        rows.append(ours[label].row(baselines[of]))
+    rows = [lines[case.label].row() for case in BASELINES if case.label in lines]
+    for bits, (of, _) in TARGETS.items():
+        if ours(bits).label in lines and of in lines:
+            rows.append(lines[ours(bits).label].row(lines[of]))
+    rows += [lines[case.label].row() for case in swept if case.label in lines]
+    lab = Lab.open(args)
     if args.sweep:
-        swept = [lab.line(f"ours at {b}", our_plan(lab, b), scores=lab.scores()) for b in SWEEP]
-        rows += [line.row() for line in swept]
         floor = lab.activation_floor(ROTATION)
-        everything = sorted([*ours.values(), *swept], key=lambda line: line.true_bits)
-        bar, fit = prediction(args.name, everything, floor)
+        mine = [line for label, line in lines.items() if label.startswith("ours")]
+        bar, fit = prediction(args.name, sorted(mine, key=lambda line: line.true_bits), floor)
         bars, rows = [*bars, bar], [*rows, *fit]
     if args.compiled:
-        bars.append(compiled_bar(lab, args.name, our_plan(lab, 4.4)))
+        bars.append(compiled_bar(lab, args.name))
     if args.peers:
-        rows += peer_rows(lab, args.peers, ours)
+        rows += peer_rows(lab, args.peers)
     show(lab, args.name, rows, bars)
     if not args.quick:
         extra = {
@@ -80,56 +103,37 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure_baselines(lab: Lab) -> dict[str, Line]:
-    """The paper's plan and what else ours is compared with, none of it rotated."""
-    raw: dict[str, Any] = {"family": "asym", "rotate": 0, "widths": (4, 8)}
-    paper, kfac = lab.scores("paper", **raw), lab.scores("kfac", clip=True, **raw)
-    rows = {"granularity": "rows"}
-    plans = {
-        UNIFORM: uniform_plan(kfac.fingerprint, kfac.shapes, 4),
-        PAPER: make_plan(paper, preset="paper"),
-        PAPER_BYTES: make_plan(paper, preset="paper", bits=4.4),
-        KFAC_48: make_plan(kfac, bits=5.0, **rows),
-    }
-    return {label: lab.line(label, plan, ONE_SHOT) for label, plan in plans.items()}
+def ours(bits: float | str) -> Case:
+    """All widths, two-level, tiles in windows, rotated, per token, the whole recipe."""
+    return Case(f"ours at {bits}", bits)
 
 
-def our_plan(lab: Lab, bits: float) -> Plan:
-    """All widths, two-level, tiles in windows, rotated, per token."""
-    return make_plan(lab.scores(), bits=bits, widths=WIDTHS, rotation=ROTATION)
-
-
-def targets(baselines: Mapping[str, Line]) -> dict[str, tuple[float, str, float]]:
-    """Label → (true bits, baseline, most that our KL may be of that baseline's)."""
-    return {
-        "the paper's bits": (baselines[PAPER].true_bits, PAPER, 0.37),
-        "4.4": (4.4, PAPER_BYTES, 0.43),
-        "4.156": (4.156, UNIFORM, 0.41),
-        "3.6": (3.6, UNIFORM, 0.87),
-        "5.0": (5.0, KFAC_48, 0.385),
-    }
-
-
-def baseline_bars(name: str, baselines: Mapping[str, Line]) -> list[Bar]:
+def baseline_bars(name: str, lines: Mapping[str, Line]) -> list[Bar]:
     """Baselines must be as good as they are known to get."""
     return [
-        Bar.at_most(f"{name}: KL of our {label}, known to be reachable", line.kl(), 1.02 * limit)
+        Bar.at_most(
+            f"{name}: KL of our {label}, known to be reachable",
+            lines[label].kl() if label in lines else None,
+            1.02 * limit,
+        )
         for label, limit in STRONG.items()
-        for line in [baselines[label]]
     ]
 
 
-def ratio_bars(name: str, baselines: Mapping[str, Line], ours: Mapping[str, Line]) -> list[Bar]:
+def ratio_bars(name: str, lines: Mapping[str, Line]) -> list[Bar]:
     """Our KL over that of each baseline, at no more true bits."""
     bars = []
-    for label, (bits, of, limit) in targets(baselines).items():
-        line = ours[label]
-        ratio = kl_ratio(line.quality[TEXTS[0]], baselines[of].quality[TEXTS[0]])
-        title = f"{name}: KL at {label} / {of}"
+    for bits, (of, limit) in TARGETS.items():
+        mine, other = lines.get(ours(bits).label), lines.get(of)
+        title = f"{name}: KL at {bits} / {of}"
+        if mine is None or other is None:
+            bars.append(Bar.at_most(title, None, limit))
+            continue
+        ratio = kl_ratio(mine.quality[TEXTS[0]], other.quality[TEXTS[0]])
         bars.append(Bar.at_most(title, ratio.value, limit, ratio.se))
-        if line.true_bits > bits:
-            title = f"{name}: true bits of ours at {label}"
-            bars.append(Bar.at_most(title, line.true_bits, bits))
+        most = other.true_bits if bits == PAPER_BITS else float(bits)
+        if mine.true_bits > most:
+            bars.append(Bar.at_most(f"{name}: true bits at {bits}", mine.true_bits, most))
     return bars
 
 
@@ -160,8 +164,9 @@ def prediction(name: str, lines: Iterable[Line], floor: float) -> tuple[Bar, lis
     return Bar.at_most(f"{name}: predicted / measured KL − 1, worst, {span}", worst, 0.12), rows
 
 
-def compiled_bar(lab: Lab, name: str, plan: Plan) -> Bar:
+def compiled_bar(lab: Lab, name: str) -> Bar:
     """KL of a compiled quantized model against that of the same model as it was evaluated."""
+    plan = lab.plan(ours(4.4), lab.scores())
     weights = lab.weights(plan, ONE_SHOT)
     simulated = lab.simulated(weights, plan.activation_mode)
     packed = lab.packed(weights, plan.activation_mode)
@@ -174,7 +179,7 @@ def compiled_bar(lab: Lab, name: str, plan: Plan) -> Bar:
     return Bar.at_most(title, abs(ratio - 1), 0.01)
 
 
-def peer_rows(lab: Lab, folder: Path, ours: Mapping[str, Line]) -> list[dict[str, Any]]:
+def peer_rows(lab: Lab, folder: Path) -> list[dict[str, Any]]:
     """Other quantizers' dequantized weights in the same model, activations in float as they are."""
     from peers import load_peer
 
