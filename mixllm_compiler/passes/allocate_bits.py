@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from ..allocation.allocate import make_plan
 from ..allocation.plan import Plan
 from ..errors import PlanMismatch
 from ..formats.fingerprint import fingerprint
-from ..formats.row_format import RowFormat
 from ..ir.graph import MixGraph
 from ..options import DEFAULT_BITS, PAPER_FRACTION, Options
+from ..salience.probes import siblings
 from ..salience.scores import Scores
 from .base import Changes, Pass
 from .known_plans import look_up, remember
@@ -72,21 +71,6 @@ def plan_graph(graph: MixGraph, ctx: Context) -> Plan:
         siblings=siblings(graph),
     )
     return make_plan(scores, **plan_arguments(options))
-
-
-def siblings(graph: MixGraph) -> dict[str, str]:
-    """Matrix name → name of the first matrix that reads the same value, where there are several."""
-    readers: dict[fx.Node, list[str]] = {}
-    for node, site in graph.sites():
-        value = node.args[0]
-        assert isinstance(value, fx.Node)
-        if site.matrix not in readers.setdefault(value, []):
-            readers[value].append(site.matrix)
-    found: dict[str, str] = {}
-    for names in readers.values():
-        if len(names) > 1:
-            found |= {name: names[0] for name in names if name not in found}
-    return found
 
 
 def plan_arguments(options: Options) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..lowering.target import Target
@@ -64,7 +64,19 @@ class Context:
         Raises:
             OptionError: the plan has several.
         """
-        groups = {site.group for site in self.plan.sites.values()} if self.plan else set()
-        if len(groups) > 1:
-            raise OptionError(f"a plan has one group size, not {sorted(groups)}")
-        return groups.pop() if groups else self.options.group
+        return self._one_of("group")
+
+    @property
+    def family(self) -> str:
+        """Format family: the plan's, whatever the options say.
+
+        Raises:
+            OptionError: the plan has several.
+        """
+        return self._one_of("family")
+
+    def _one_of(self, field: str) -> Any:
+        found = {getattr(s, field) for s in self.plan.sites.values()} if self.plan else set()
+        if len(found) > 1:
+            raise OptionError(f"a plan has one format {field}, not {sorted(found)}")
+        return found.pop() if found else getattr(self.options, field)

@@ -59,7 +59,7 @@ class PackWeights(Pass):
 
     @staticmethod
     def _remember(matrix: Matrix, packed: PackedWeight, ctx: Context) -> None:
-        key = packing_key(matrix, ctx.group)
+        key = packing_key(matrix, ctx.group, ctx.family)
         if CACHE.get(matrix.binding.tensor, key) is None:
             CACHE.put(matrix.binding.tensor, key, packed)
 

@@ -30,14 +30,19 @@ class QuantizeWeights(Pass):
         changes = Changes()
         for matrix in graph.active():
             assert matrix.widths is not None
-            key = packing_key(matrix, ctx.group)
+            key = packing_key(matrix, ctx.group, ctx.family)
             matrix.packed = CACHE.get(matrix.binding.tensor, key)
             if matrix.packed is not None:
                 changes.add(matrix.name, "packed before")
                 continue
             with torch.no_grad(), torch.inference_mode(False):
                 weight = quantize_rtn(
-                    matrix.value().clone(), matrix.widths, ctx.group, matrix.transform
+                    matrix.value().clone(),
+                    matrix.widths,
+                    ctx.group,
+                    matrix.transform,
+                    ctx.family,
+                    clip=ctx.family == "two-level",
                 )
                 matrix.packed = pack(weight, "plain.v1")
             changes.add(matrix.name, f"{8 * weight.true_bytes() / (weight.n * weight.k):.3f} bits")

@@ -33,11 +33,11 @@ def stamp(weight: Tensor) -> tuple[object, ...]:
     return (*compat.stamp(weight), _EPOCHS.get(id(weight), 0))
 
 
-def packing_key(matrix: Matrix, group: int) -> tuple[Hashable, ...]:
+def packing_key(matrix: Matrix, group: int, family: str) -> tuple[Hashable, ...]:
     """What besides the float values decides a packed blob."""
     assert matrix.widths is not None
     rows = hashlib.sha256(matrix.widths.cpu().numpy().tobytes()).digest()
-    return (matrix.transposed, matrix.transform, group, rows)
+    return (matrix.transposed, matrix.transform, group, family, rows)
 
 
 @dataclass
