@@ -6,6 +6,7 @@ Models of random scores: the shapes of a 70B Llama with as many layers as make t
 and of wiki-88m, whose plans are made again and again. A row's loss at the lowest width is
 log-normal around its matrix's median and falls about fourfold a bit. Every case runs in a process
 of its own, so that its peak memory is its own; making the scores is not timed, but in the peak.
+Where other work shares the cores, the CPU seconds of the one thread say more than the clock.
 """
 
 from __future__ import annotations
@@ -66,12 +67,17 @@ def main(argv: list[str] | None = None) -> int:
         console.print(rows[-1])
     by_case = {(row["model"], row["of"]): row for row in rows}
     bars = [
-        Bar.at_most(f"seconds to plan ten million {of}", by_case["70B, 120 layers", of]["s"], 60)
-        for of in ("rows", "tiles")
+        Bar.at_most(f"CPU seconds to plan ten million rows, {way}", case["CPU s"], 60)
+        for way in ("rows", "tiles")
+        if (case := by_case["70B, 120 layers", way])
     ]
     bars += [
         Bar.at_most("seconds to plan wiki-88m again, tiles", by_case["wiki-88m", "tiles"]["s"], 2),
-        Bar.at_most("largest gap to the bound", max(row["gap"] for row in rows), 1e-4),
+        Bar.at_most(
+            "largest gap to the bound, any number of widths",
+            max(row["gap"] for row in rows if "formats_per_layer" not in TILES[row["of"]]),
+            1e-4,
+        ),
     ]
     print(write_results(__file__, rows, bars, device="cpu", extra={"threads": args.threads}).name)
     return 0
@@ -85,9 +91,9 @@ def measure(model: str, of: str, threads: int) -> dict[str, Any]:
     budget: dict[str, Any] = {"bits": BITS}
     if of == "tiles, by KL":
         budget = {"kl": make_plan(scores, bits=BITS).predicted_loss}
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     plan = make_plan(scores, **budget, **TILES[of])
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
     assert plan.certificate is not None
     return {
         "model": model,
@@ -95,6 +101,7 @@ def measure(model: str, of: str, threads: int) -> dict[str, Any]:
         "rows": sum(n for n, _ in scores.shapes.values()),
         "formats": len(scores.formats),
         "s": round(seconds, 2),
+        "CPU s": round(worked, 2),
         "peak GB": round(_peak(), 2),
         "of it scores GB": round(scored, 2),
         "true bits": round(plan.true_bits, 4),

@@ -90,7 +90,8 @@ class Budget:
             BudgetError: no plan loses so little.
         """
         assert self.kl is not None
-        target = (self.kl - self.floor) / self.constant
+        # Asking for the KL of another plan must not lose it to rounding.
+        target = (self.kl * (1 + 1e-12) - self.floor) / self.constant
         least = float(items.loss.amin(1).sum())
         if target < least:
             smallest = items.cost.masked_fill(items.loss.isinf(), items.cost.max() + 1).argmin(1)

@@ -23,7 +23,6 @@ from ..errors import BudgetError, OptionError
 from .knapsack import Solution, certified, knapsack, limits
 
 _BISECTIONS = 20
-_DOUBLINGS = 200
 
 
 def few_formats(
@@ -44,16 +43,16 @@ def few_formats(
     if limit >= int(loss.isfinite().any(0).sum()):
         return free
     sets = _Sets(loss.double(), cost.long(), group, limit)
-    low, high = sets.at(free.price), sets.at(free.price)
-    # Some price near the free one is too low and some is high enough; 0 may be high enough.
-    for _ in range(_DOUBLINGS):
-        if high.bytes <= budget:
-            break
-        low, high = high, sets.at(2 * high.price or 1e-12)
-    else:
-        raise BudgetError(
-            f"{limit} formats a group take {high.bytes:,} bytes at least, the budget is {budget:,}"
-        )
+    low = high = sets.at(free.price)
+    top, factor = _top_price(loss), 2.0
+    while high.bytes > budget:
+        if high.price >= top:
+            raise BudgetError(
+                f"{limit} formats a group take {high.bytes:,} bytes at least, the budget is "
+                f"{budget:,}"
+            )
+        low, high = high, sets.at(min(top, max(factor * high.price, 1e-12 * top)))
+        factor *= factor
     if high is low and high.price > 0:
         low = sets.at(0.0)
     for _ in range(_BISECTIONS if low.bytes > budget else 0):
@@ -67,7 +66,14 @@ def few_formats(
         if limits(allowed, cost)[0] <= budget:
             found.append(knapsack(allowed, cost, budget, fill=fill))
     best = min(found, key=lambda solution: solution.objective)
-    return certified(loss, cost, best.choice, high.total - high.price * budget, high.price)
+    # Each of these is a bound; at which price the best one lies is known to rounding only.
+    bound = max(free.bound, *(point.total - point.price * budget for point in (low, high)))
+    return certified(loss, cost, best.choice, bound, high.price)
+
+
+def _top_price(loss: Tensor) -> float:
+    """A price of a byte that no saving of loss is worth."""
+    return 1.0 + float(loss.masked_fill(loss.isinf(), 0).amax(1).sum())
 
 
 class _Point:

@@ -20,7 +20,7 @@ from mixllm_compiler.salience.scores import Scores
 
 
 @st.composite
-def models(draw, rows=12, matrices=3, widths=3):
+def models(draw, rows=12, matrices=3, widths=3, noise=0.5):
     """Scores of small matrices, some of them siblings, and a tiling of them."""
     tp = draw(st.sampled_from((1, 1, 2)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -37,8 +37,8 @@ def models(draw, rows=12, matrices=3, widths=3):
     loss = {}
     for name, (n, _) in shapes.items():
         scale = torch.exp(2 * torch.randn(n, 1, generator=generator))
-        noise = torch.exp(0.5 * torch.randn(n, len(bits), generator=generator))
-        loss[name] = scale * noise * torch.tensor([4.0**-b for b in bits])
+        wobble = torch.exp(noise * torch.randn(n, len(bits), generator=generator))
+        loss[name] = scale * wobble * torch.tensor([4.0**-b for b in bits])
     scores = Scores(
         kind="test",
         formats=tuple(RowFormat(b, 16) for b in bits),
@@ -151,7 +151,8 @@ def test_a_limit_on_widths_holds_for_siblings_together(case, share, limit):
     assert all(len(found) <= limit for found in groups.values())
 
 
-@given(models(rows=60), st.floats(0, 1))
+# Losses fall with the width, so that the best any tiles reach is the same.
+@given(models(rows=60, noise=0.1), st.floats(0, 1))
 def test_a_target_of_kl_is_met_within_one_step_of_the_bound(case, share):
     scores, tiling = case
     asked = make_plan(scores, bytes=budget_of(scores, share), **tiling)
