@@ -42,7 +42,7 @@ ONE_SHOT = Recipe(propagate=False, refit=False, sweeps=0)  # GPTQ + clip, as pub
 FULL = Recipe()
 PAPER_BITS = "the paper's bits"
 RAW = {"family": "asym", "rotate": 0, "widths": (4, 8)}
-PAPER_SCORES = {"kind": "paper", **RAW}
+PAPER_SCORES = {"kind": "paper", "sequences": 64, **RAW}
 
 
 @dataclass(frozen=True)

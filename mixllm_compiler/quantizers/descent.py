@@ -45,14 +45,13 @@ def _codes(coded: Encoded, g: int, moved: Tensor, h: Tensor) -> None:
     work = moved[:, columns].t().contiguous()
     own = h[columns, columns]
     codes = coded.codes[:, columns].t().float().contiguous()
-    inverse = 1 / grid.step
+    inverse, zero = 1 / grid.step, torch.zeros_like(grid.top)
+    old = codes.clone()
     for j, pivot in enumerate(own.diagonal().tolist()):
         # The error falls by moving column j by work[j] / H_jj; codes move in steps of t.
-        wanted = torch.addcmul(codes[j], work[j], inverse, value=1 / pivot)
-        new = torch.minimum(wanted.round_().clamp_(min=0), grid.top)
-        change = (new - codes[j]) * grid.step
-        codes[j] = new
-        work.addr_(own[j], change, alpha=-1)
+        wanted = torch.addcmul(old[j], work[j], inverse, value=1 / pivot).round_()
+        torch.clamp(wanted, zero, grid.top, out=codes[j])
+        work.addr_(own[j], (codes[j] - old[j]).mul_(grid.step), alpha=-1)
     coded.codes[:, columns] = codes.t().to(torch.uint8)
 
 

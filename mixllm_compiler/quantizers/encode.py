@@ -231,17 +231,17 @@ def _feed_back(x: Tensor, grid: Grid, upper: Tensor) -> tuple[Tensor, Tensor]:
         codes [R, g] and what later groups take over: (x − value) / U_jj, [R, g].
     """
     work = x.t().contiguous()  # one column of weights is one row in memory
-    codes, carried = torch.empty_like(work), torch.empty_like(work)
-    inverse, shift = 1 / grid.step, -(grid.offset / grid.step)
-    diagonal = upper.diagonal().tolist()
+    codes, left = torch.empty_like(work), torch.empty_like(work)
+    inverse, shift, zero = 1 / grid.step, -(grid.offset / grid.step), torch.zeros_like(grid.top)
+    diagonal = upper.diagonal()
+    share = upper / diagonal[:, None]
     for j in range(len(work)):
-        q = torch.addcmul(shift, work[j], inverse).round_().clamp_(min=0)
-        torch.minimum(q, grid.top, out=codes[j])
-        value = torch.addcmul(grid.offset, codes[j], grid.step)
-        torch.sub(work[j], value, out=carried[j]).div_(diagonal[j])
+        q = torch.addcmul(shift, work[j], inverse).round_()
+        torch.clamp(q, zero, grid.top, out=codes[j])
+        torch.sub(work[j], torch.addcmul(grid.offset, codes[j], grid.step), out=left[j])
         if j + 1 < len(work):
-            work[j + 1 :].addr_(upper[j, j + 1 :], carried[j], alpha=-1)
-    return codes.t(), carried.t()
+            work[j + 1 :].addr_(share[j, j + 1 :], left[j], alpha=-1)
+    return codes.t(), left.div_(diagonal[:, None]).t()
 
 
 def choose_grid(x: Tensor, widths: Tensor, family: str, importance: Tensor, clip: bool) -> Grid:

@@ -14,7 +14,7 @@ from .descent import descend
 from .encode import Encoded, encode
 from .hessian import Factor
 
-SWEEPS = 2
+SWEEPS = 4
 
 
 def quantize_gptq(
