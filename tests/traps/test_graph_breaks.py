@@ -151,7 +151,7 @@ def test_a_model_that_breaks_cannot_be_scored_whole():
 
 def test_partial_gives_every_piece_its_own_plan():
     model = Breaks().eval()
-    run = compiled(model, partial=True, widths=(4, 8), bits=5)
+    run = compiled(model, partial=True, widths=(4, 8), bits=5, tile=1)
     before = CACHE.packs
     with records.collect() as graphs:
         y = run(X)
