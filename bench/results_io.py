@@ -180,11 +180,13 @@ def commit() -> str:
     """The commit that was measured, with `-dirty` when tracked files differ from it.
 
     Results do not count: a bench that ran a minute ago changes nothing that is measured. Where
-    there is no git, the environment variable MIXLLM_COMMIT says it.
+    files were copied without their history, the environment variable MIXLLM_COMMIT says it.
     """
+    if told := os.environ.get("MIXLLM_COMMIT"):
+        return told
     head = _git("rev-parse", "HEAD")
     if head is None:
-        return os.environ.get("MIXLLM_COMMIT", "unknown")
+        return "unknown"
     changed = _git("status", "--porcelain", "-uno", "--", ".", ":(exclude)bench/results")
     return f"{head[:12]}-dirty" if changed else head[:12]
 

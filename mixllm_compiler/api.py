@@ -15,7 +15,7 @@ from .allocation.allocate import make_plan
 from .allocation.plan import Plan, SitePlan
 from .backend import mixllm
 from .calibration.tokens import DEFAULT_SEQUENCES, calibration_tokens
-from .errors import MixLLMError, OptionError, PlanMismatch, UnsupportedModel
+from .errors import MixLLMError, OptionError, PlanMismatch, UnsupportedModel, nearest
 from .formats.fingerprint import fingerprint
 from .formats.neutral import QuantizedWeight
 from .frames import CompiledForward, own_frame
@@ -23,7 +23,7 @@ from .modules import PackedLinear
 from .options import Options
 from .passes.allocate_bits import plan_arguments
 from .passes.annotate_linears import planned_name
-from .passes.quantize_model import Recipe, quantize_model
+from .passes.quantize_model import METHODS, Recipe, quantize_model
 from .passes.score_model import score_model
 from .passes.summary import table
 from .quantizers.rtn import quantize_rtn
@@ -205,7 +205,7 @@ def quantize(
         ids = calibration_tokens(
             data, model, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
         )
-        curvature = None if scores is None else getattr(scores, "curvature", None)
+        curvature = None if scores is None else scores.curvature
         found = quantize_model(
             model, plan, ids, recipe, batch=batch, row_weights=curvature, progress=progress
         )
@@ -252,7 +252,8 @@ def compile(
     *,
     bits: float | None = None,
     plan: Plan | str | Path | None = None,
-    data: Data = "self",
+    data: Data | None = None,
+    quantizer: str = "rtn",
     mode: str | None = None,
     dynamic: bool | None = None,
     release: bool = False,
@@ -265,7 +266,9 @@ def compile(
     Args:
         bits: true bits per quantized weight; ignored with a plan.
         plan: a finished plan, or its file: nothing is scored then.
-        data: what to score on, see `score`.
+        data: text to score and to calibrate on, see `score`; by default the model writes it.
+        quantizer: "rtn" rounds to nearest; "gptq" quantizes layer by layer on up to 64 sequences
+            of the text, with refit: minutes instead of seconds, for a smaller loss.
         mode: a `torch.compile` mode.
         dynamic: as in `torch.compile`.
         release: free the float weights after packing; the model cannot be compiled again.
@@ -273,17 +276,22 @@ def compile(
             `sequences`, `length`, `kind`, `labels`, `batch`, `seed`, `resume` and so on.
     """
     _refuse_training(model)
+    if quantizer not in METHODS:
+        raise OptionError(f"unknown quantizer {quantizer!r}.{nearest(quantizer, METHODS)}")
     scoring = {k: options.pop(k) for k in _SCORING if k in options}
     opts = Options.parse({**options, "bits": bits, "plan": plan, "release": release})
-    found = opts.resolved_plan()
+    found, scores = opts.resolved_plan(), None
     if found is None:
         shared = {
             k: v
             for k, v in options.items()
             if k in ("widths", "group", "family", "rotate", "lm_head", "exclude", "preset")
         }
-        scores = score(model, data, progress=progress, **scoring, **shared)
+        text: Data = "self" if data is None else data
+        scores = score(model, text, progress=progress, **scoring, **shared)
         found = make_plan(scores, **plan_arguments(opts))
+    if quantizer == "gptq":
+        _calibrate(model, found, data, scores, progress, scoring)
     settings = {k: v for k, v in options.items() if k != "inductor"}
     settings |= {"plan": found, "release": release}
     settings["inductor"] = {**compat.mode_patches(mode), **dict(opts.inductor)}
@@ -295,6 +303,28 @@ def compile(
         original, backend=mixllm, options=settings, dynamic=dynamic, fullgraph=fullgraph
     )
     return model
+
+
+def _calibrate(
+    model: nn.Module,
+    plan: Plan,
+    data: Data | None,
+    scores: Scores | None,
+    progress: Callable[[int, int], None] | None,
+    scoring: Mapping[str, Any],
+) -> None:
+    """GPTQ with refit; the backend finds the weights quantized."""
+    ids = calibration_tokens(
+        "self" if data is None else data,
+        model,
+        tokenizer=scoring.get("tokenizer"),
+        sequences=QUANTIZE_SEQUENCES,
+        length=scoring.get("length"),
+        seed=scoring.get("seed", 0),
+        at_least=2,
+    )
+    curvature = None if scores is None else scores.curvature
+    quantize_model(model, plan, ids, Recipe(), row_weights=curvature, progress=progress, keep=True)
 
 
 def invalidate(model: nn.Module) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 512  # columns of x xᵀ formed at a time; only its lower triangle is
+
 
 class Moments:
     """Sums over tokens of x̂ x̂ᵀ and (x − x̂) x̂ᵀ, x̂ being what the quantized model feeds a linear.
@@ -28,7 +30,7 @@ class Moments:
         """Add tokens x̂ [T, K] and, with cross moments, their float counterparts x [T, K]."""
         sums = self._sums[held_out]
         x_hat = x_hat.float()
-        sums[0].addmm_(x_hat.t(), x_hat)
+        add_gram(sums[0], x_hat)
         if len(sums) > 1:
             assert x is not None
             sums[1].addmm_((x.float() - x_hat).t(), x_hat)
@@ -37,7 +39,7 @@ class Moments:
 
     def second(self) -> Tensor:
         """fp32 [K, K] E[x̂ x̂ᵀ] over all tokens."""
-        return (self._sums[0][0] + self._sums[1][0]) / self.tokens
+        return whole((self._sums[0][0] + self._sums[1][0]) / self.tokens)
 
     def cross(self) -> Tensor:
         """fp32 [K, K] E[(x − x̂) x̂ᵀ] over all tokens."""
@@ -46,4 +48,16 @@ class Moments:
     def held(self) -> tuple[Tensor, Tensor]:
         """The shares of `second` and `cross` that held-out tokens contribute."""
         second, cross = self._sums[1]
-        return second / self.tokens, cross / self.tokens
+        return whole(second / self.tokens), cross / self.tokens
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """total [K, K] += xᵀx, its lower block triangle only."""
+    for at in range(0, x.shape[-1], _BLOCK):
+        part = total[at:, at : at + _BLOCK]
+        torch.addmm(part, x[:, at:].t(), x[:, at : at + _BLOCK], out=part)
+
+
+def whole(h: Tensor) -> Tensor:
+    """A symmetric matrix from its lower triangle, in place."""
+    return h.tril_() + h.tril(-1).t()

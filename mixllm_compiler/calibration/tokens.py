@@ -35,6 +35,7 @@ def calibration_tokens(
     sequences: int = DEFAULT_SEQUENCES,
     length: int | None = None,
     seed: int = 0,
+    at_least: int | None = None,
 ) -> Tensor:
     """Token ids int64 [S, T].
 
@@ -43,7 +44,8 @@ def calibration_tokens(
             `datasets` id `name[:config[:split]]` (needs the extra `eval`); or "self": the model
             writes the text.
         tokenizer: for text; by default the one saved beside the model.
-        sequences, length: how much to take. Text shorter than that is an error.
+        sequences, length: how much to take.
+        at_least: sequences that will do if the text is shorter; by default it must not be.
 
     Raises:
         OptionError: no such file, too little text, no tokenizer.
@@ -61,7 +63,7 @@ def calibration_tokens(
         documents = _documents(data)
     else:
         documents = list(data)
-    ids = pack_documents(documents, tokenizer or tokenizer_of(model), sequences, length)
+    ids = pack_documents(documents, tokenizer or tokenizer_of(model), sequences, length, at_least)
     return _known(ids, model)
 
 
@@ -123,7 +125,13 @@ def tokenizer_of(model: nn.Module) -> Any:
     return AutoTokenizer.from_pretrained(where)
 
 
-def pack_documents(documents: Sequence[str], tokenizer: Any, sequences: int, length: int) -> Tensor:
+def pack_documents(
+    documents: Sequence[str],
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    at_least: int | None = None,
+) -> Tensor:
     """Join documents with the end-of-text token and cut into [sequences, length].
 
     Raises:
@@ -138,12 +146,13 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, sequences: int, len
         if len(ids) >= sequences * length:
             break
     have = len(ids) // length
-    if have < sequences:
+    if have < (sequences if at_least is None else min(at_least, sequences)):
         raise OptionError(
             f"asked for {sequences} × {length} tokens, the text gives {have} × {length} "
             f"({len(ids)} tokens); give more text or ask for less"
         )
-    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+    count = min(have, sequences)
+    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 def _refuse_what_cannot_run(model: nn.Module) -> None:

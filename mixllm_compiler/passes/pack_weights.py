@@ -60,7 +60,8 @@ class PackWeights(Pass):
     @staticmethod
     def _remember(matrix: Matrix, packed: PackedWeight, ctx: Context) -> None:
         key = packing_key(matrix, ctx.group, ctx.family)
-        if CACHE.get(matrix.binding.tensor, key) is None:
+        known = CACHE.get(matrix.binding.tensor, key)
+        if known is None or known.layout != packed.layout:  # the kernels' packing stays
             CACHE.put(matrix.binding.tensor, key, packed)
 
     @staticmethod

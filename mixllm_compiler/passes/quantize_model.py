@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .. import compat
 from ..allocation.plan import Plan
 from ..calibration.moments import Moments
 from ..calibration.segments import Segment, SegmentInterpreter, cut
 from ..errors import OptionError, PlanMismatch, UnsupportedModel, nearest
 from ..formats.fingerprint import fingerprint
+from ..formats.layout import pack
 from ..formats.neutral import QuantizedWeight
 from ..formats.row_format import spread
 from ..ir.annotations import LinearSite
@@ -31,6 +33,7 @@ from ..quantizers.encode import encode
 from ..quantizers.gptq import SWEEPS, quantize_gptq
 from ..quantizers.hessian import DAMPING, factorize
 from ..quantizers.refit import refit
+from ..runtime.weights import CACHE, packing_key
 from .captured_model import CapturedModel, Values, capture_model, even_batch
 
 METHODS = ("gptq", "rtn")
@@ -141,7 +144,7 @@ class QuantizingRun:
         done = 0
         override: dict[fx.Node, Callable[..., Any]] = {}
         ready: dict[fx.Node, Tensor] = {}
-        with torch.no_grad():
+        with torch.no_grad(), compat.fast_products():
             for segment in segments[:-1]:
                 self._advance(segment, floats, plain, ready)
                 if ours is None:
@@ -293,12 +296,15 @@ def quantize_model(
     batch: int = 8,
     row_weights: Mapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    keep: bool = False,
 ) -> dict[str, QuantizedWeight]:
     """Quantize everything that a plan plans, calibrated on token ids [S, T].
 
     Args:
         batch: sequences that go through the model together, at most.
         row_weights: planned name → [N], see `QuantizingRun`.
+        keep: remember the result for this model's float weights: compiling it with this plan
+            finds them quantized.
 
     Returns:
         Planned name → quantized weight.
@@ -324,4 +330,11 @@ def quantize_model(
     wanted = {o: Wanted(s.widths, s.group, s.family) for o, s in sites.items()}
     weights = {o: row_weights[p] for o, p in names.items() if row_weights and p in row_weights}
     run = QuantizingRun(captured, wanted, plan.activation_mode, recipe, weights)
-    return {names[o]: weight for o, weight in run.run(progress).items()}
+    found = run.run(progress)
+    if keep:
+        for name, weight in found.items():
+            matrix = matrices[name]
+            matrix.widths = wanted[name].widths
+            key = packing_key(matrix, first.group, first.family)
+            CACHE.put(matrix.binding.tensor, key, pack(weight, "plain.v1"))
+    return {names[o]: weight for o, weight in found.items()}

@@ -22,7 +22,8 @@ def filled(page: str, root: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         content = json.loads((root / match[2]).read_text(encoding="utf-8"))
-        return f"{match[1]}{quality_table(content)}\n{match[3]}"
+        make = quality_table if "text" in content["rows"][0] else equal_bits_table
+        return f"{match[1]}{make(content)}\n{match[3]}"
 
     return _BLOCK.sub(table, page)
 
@@ -43,9 +44,30 @@ def quality_table(content: Mapping[str, Any]) -> str:
             one = by_place[text, plan]
             cells += [f"{one['perplexity']:.2f}", _kl(one)]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(content)])
+
+
+def equal_bits_table(content: Mapping[str, Any]) -> str:
+    """One line per plan: true bits, KL on every text, and the ratio to the plan it is held to."""
+    rows = [row for row in content["rows"] if "plan" in row]
+    texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
+    head = ["plan", "true bits", *(f"1000 KL, {text}" for text in texts), "of", "ratio"]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (1 + len(texts)) + "|---|--:|"]
+    for row in rows:
+        cells = [row["plan"], f"{row['true bits']:.3f}"]
+        for text in texts:
+            cells.append(_kl({"KL": row[f"KL {text}"], "KL se": row[f"se {text}"]}))
+        ratio = row.get(f"ratio {texts[0]}")
+        spread = row.get(f"ratio se {texts[0]}")
+        cells += [row.get("of", "–"), "–" if ratio is None else f"{ratio:.3f} ± {spread:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(content)])
+
+
+def _source(content: Mapping[str, Any]) -> str:
     torch = content["versions"]["torch"]
-    source = f"`{content['command']}`, {content['device']}, torch {torch}"
-    return "\n".join([*lines, "", f"{source}, commit {content['commit'][:12]}"])
+    measured = f"`{content['command']}`, {content['device']}, torch {torch}"
+    return f"{measured}, commit {content['commit'][:12]}"
 
 
 def _kl(row: Mapping[str, Any]) -> str:

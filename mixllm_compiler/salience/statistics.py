@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..calibration.moments import add_gram, whole
 from ..errors import UnsupportedModel
 from ..formats.row_format import RowFormat
 from ..quantizers.rtn import rounding_error
@@ -21,7 +22,6 @@ from .kinds import FACTORED_KINDS, ScoreSpec
 from .probes import Probe
 
 _ROWS = 1 << 24  # weights that are rounded and multiplied with H at a time
-_BLOCK = 512  # columns of H formed at a time; only its lower triangle is
 
 
 class Statistics:
@@ -62,7 +62,7 @@ class Statistics:
         if probe.x not in self._moments:
             k = x.shape[-1]
             self._moments[probe.x] = torch.zeros(k, k, device=x.device)
-        _add_gram(self._moments[probe.x], x.float())
+        add_gram(self._moments[probe.x], x.float())
         self._rows[probe.x] += len(x)
 
     def add_gradient(
@@ -155,7 +155,7 @@ class Statistics:
         self._uses.subtract(p.matrix.name for p in probes)
 
     def _factored_losses(self, group: list[Probe], moment: Tensor, rows: int) -> None:
-        h = _whole(moment).div_(max(rows, 1))
+        h = whole(moment).div_(max(rows, 1))
         turn = group[0].matrix.transform
         if turn:
             block = int(turn.removeprefix("hadamard:"))
@@ -196,18 +196,6 @@ def _of_changes(a: Tensor, kind: str, per_sequence: Tensor) -> Tensor:
         return 0.5 * a.square().sum(0)
     u = a / per_sequence.clamp_min(1e-30)[:, None, None]
     return (u + 0.5 * u * u).abs().sum(0)
-
-
-def _add_gram(total: Tensor, x: Tensor) -> None:
-    """total [K, K] += xᵀx, its lower block triangle only."""
-    for at in range(0, x.shape[-1], _BLOCK):
-        part = total[at:, at : at + _BLOCK]
-        torch.addmm(part, x[:, at:].t(), x[:, at : at + _BLOCK], out=part)
-
-
-def _whole(h: Tensor) -> Tensor:
-    """A symmetric matrix from its lower triangle, in place."""
-    return h.tril_() + h.tril(-1).t()
 
 
 def _unturned(probe: Probe, delta: Tensor) -> Tensor:
