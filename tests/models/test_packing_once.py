@@ -22,9 +22,9 @@ def packings(monkeypatch):
     counts = Counter()
     quantize, pack = quantize_weights.quantize_rtn, quantize_weights.pack
 
-    def counting_quantize(w, *args):
+    def counting_quantize(w, *args, **settings):
         counts["quantized"] += 1
-        return quantize(w, *args)
+        return quantize(w, *args, **settings)
 
     def counting_pack(weight, name):
         counts["packed"] += 1
