@@ -24,6 +24,7 @@ SHOWN = [
     [r"mixllm: 14 linears, 4\.\d+ true bits \(asked 4\.40 bits\)"],
     [r"mixllm: 35 linears, 4\.\d+ true bits", r"^The river \w+"],
     [r"^4\.2\d+ bits, loss \+.*\n4\.[45]\d+ bits, .*\n(4\.9|5\.0)\d+ bits, "],
+    [r"PackedLinear\(384 → 384, k384 .*two-level"],
     [r"q_proj .*w4:\d+", r"00-captured\.py", r"share-quantizers\.py"],
     [r"model\.layers\.0\.self_attn\.q_proj +384×384 +8\.\d+ .* w8:384"],
 ]
@@ -96,6 +97,8 @@ def test_commands_exist(page):
     assert set(named) <= verbs
 
 
-def test_the_tables_are_those_of_the_result_files():
-    command = "python -m mixllm_compiler.report.results_table README.md"
-    assert filled(README, ROOT) == README, f"run `{command}`"
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda p: p.name)
+def test_the_tables_are_those_of_the_result_files(page):
+    text = page.read_text("utf-8")
+    command = f"python -m mixllm_compiler.report.results_table {page.relative_to(ROOT)}"
+    assert filled(text, ROOT) == text, f"run `{command}`"
