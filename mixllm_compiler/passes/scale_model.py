@@ -20,7 +20,7 @@ from ..ir.graph import MixGraph
 from ..options import Options
 from ..transforms.channels import InputChannels
 from ..transforms.hadamard import block_for
-from .captured_model import CapturedModel, capture_model
+from .captured_model import capture_model
 from .input_statistics import Sites, readers, statistics
 from .producers import Producer, producer_of
 from .scaling_methods import METHODS, SHIFTING, Inputs
