@@ -58,6 +58,19 @@ Rotate = Annotated[
         panel=_PLANNING,
     ),
 ]  # fmt: skip
+Family = Annotated[
+    str | None,
+    _option("--family", help="Format of rows: 'asym' (the default) or 'two-level'.",
+            panel=_PLANNING),
+]  # fmt: skip
+Quantizer = Annotated[
+    str,
+    _option(
+        "--quantizer",
+        help="'rtn' rounds to nearest (the default), 'gptq' quantizes layer by layer on the text.",
+        panel=_PLANNING,
+    ),
+]
 LmHead = Annotated[
     bool, _option("--lm-head", help="Quantize the output head, too.", panel=_PLANNING)
 ]
@@ -148,6 +161,7 @@ def planning_options(
     widths: str | None = None,
     group: int | None = None,
     rotate: int | None = None,
+    family: str | None = None,
     lm_head: bool = False,
     exclude: list[str] | None = None,
     pin: list[str] | None = None,
@@ -174,6 +188,8 @@ def planning_options(
         "formats_per_layer": formats_per_layer,
     }
     options |= {name: number for name, number in numbers.items() if number is not None}
+    if family is not None:
+        options["family"] = family
     if not siblings:
         options["siblings"] = False
     if lm_head:

@@ -37,6 +37,8 @@ def compile(
     widths: arg.Widths = None,
     group: arg.Group = None,
     rotate: arg.Rotate = None,
+    family: arg.Family = None,
+    quantizer: arg.Quantizer = "rtn",
     lm_head: arg.LmHead = False,
     exclude: arg.Exclude = None,
     pin: arg.Pin = None,
@@ -58,9 +60,15 @@ def compile(
     loaded, tokenizer = models.load(model, device, dtype)
     ids = models.prompt_ids(loaded, tokenizer, prompt)
     settings = arg.planning_options(
-        widths=widths, group=group, rotate=rotate, lm_head=lm_head, exclude=exclude, pin=pin
+        widths=widths,
+        group=group,
+        rotate=rotate,
+        family=family,
+        lm_head=lm_head,
+        exclude=exclude,
+        pin=pin,
     )
-    settings |= {"preset": preset, "lower": lower, "dump": dump}
+    settings |= {"preset": preset, "lower": lower, "dump": dump, "quantizer": quantizer}
     settings |= arg.scoring_options(sequences=sequences, length=length, seed=seed)
     started = time.perf_counter()
     compile_model(loaded, tokenizer, bits, plan, data, settings)
@@ -185,6 +193,8 @@ def generate(
     widths: arg.Widths = None,
     group: arg.Group = None,
     rotate: arg.Rotate = None,
+    family: arg.Family = None,
+    quantizer: arg.Quantizer = "rtn",
     lm_head: arg.LmHead = False,
     exclude: arg.Exclude = None,
     pin: arg.Pin = None,
@@ -206,9 +216,15 @@ def generate(
     loaded, tokenizer = models.load(model, device, dtype)
     ids = models.prompt_ids(loaded, tokenizer, prompt)
     settings = arg.planning_options(
-        widths=widths, group=group, rotate=rotate, lm_head=lm_head, exclude=exclude, pin=pin
+        widths=widths,
+        group=group,
+        rotate=rotate,
+        family=family,
+        lm_head=lm_head,
+        exclude=exclude,
+        pin=pin,
     )
-    settings |= {"preset": preset, "lower": lower}
+    settings |= {"preset": preset, "lower": lower, "quantizer": quantizer}
     settings |= arg.scoring_options(sequences=sequences, length=length, seed=seed)
     compile_model(loaded, tokenizer, bits, plan, data, settings)
     sampling: dict[str, Any] = {}

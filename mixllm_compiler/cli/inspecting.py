@@ -79,6 +79,7 @@ def explain(
     widths: arg.Widths = None,
     group: arg.Group = None,
     rotate: arg.Rotate = None,
+    family: arg.Family = None,
     lm_head: arg.LmHead = False,
     exclude: arg.Exclude = None,
     pin: arg.Pin = None,
@@ -101,7 +102,13 @@ def explain(
 
     loaded, tokenizer = models.load(model, device, dtype)
     settings = arg.planning_options(
-        widths=widths, group=group, rotate=rotate, lm_head=lm_head, exclude=exclude, pin=pin
+        widths=widths,
+        group=group,
+        rotate=rotate,
+        family=family,
+        lm_head=lm_head,
+        exclude=exclude,
+        pin=pin,
     )
     settings |= {"preset": preset}
     settings |= arg.scoring_options(sequences=sequences, length=length, seed=seed)

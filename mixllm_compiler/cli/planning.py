@@ -32,6 +32,7 @@ def score(
     widths: arg.Widths = None,
     group: arg.Group = None,
     rotate: arg.Rotate = None,
+    family: arg.Family = None,
     lm_head: arg.LmHead = False,
     exclude: arg.Exclude = None,
     resume: Annotated[
@@ -53,7 +54,7 @@ def score(
 
     loaded, tokenizer = models.load(model, device, dtype)
     options = arg.planning_options(
-        widths=widths, group=group, rotate=rotate, lm_head=lm_head, exclude=exclude
+        widths=widths, group=group, rotate=rotate, family=family, lm_head=lm_head, exclude=exclude
     )
     with models.progress("scoring") as step:
         scores = api.score(
