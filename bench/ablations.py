@@ -20,10 +20,12 @@ from rich.table import Table
 from lab import ONE_SHOT, TEXTS, Case, Line, arguments, parse, run_cases
 from mixllm_compiler.evaluation.measure import Estimate, kl_ratio
 from mixllm_compiler.passes.quantize_model import Recipe
+from mixllm_compiler.passes.scaling_methods import METHODS
 from results_io import Bar, write_results
 
 BASE = {bits: Case(f"ours at {bits}", bits) for bits in (3.6, 4.4, 4.75)}
 _PLAIN = Recipe(sweeps=0)
+_UNROTATED: dict[str, Any] = {"scores": {"rotate": 0}, "plan": {"activation_mode": "token"}}
 _ASYM = {"family": "asym", "clip": True}
 
 
@@ -49,8 +51,13 @@ CASES = (
     ),
     _case("score", "64 sequences", 3.6, scores={"sequences": 64}),
     _case("score", "8 sequences", 3.6, scores={"sequences": 8}),
-    _case("transform", "none", 4.4, scores={"rotate": 0}, plan={"activation_mode": "token"}),
+    _case("transform", "none", 4.4, **_UNROTATED),
     _case("transform", "none, per group", 4.4, scores={"rotate": 0}),
+    *(
+        _case("transform", f"{method}{what}", 4.4, scaling=method, **changes)
+        for method in METHODS
+        for what, changes in ((" alone", _UNROTATED), (" and rotation", {}))
+    ),
     *(_case("text", f"{n} sequences", 3.6, sequences=n) for n in (64, 32, 16)),
     _case("granularity", "linears", 4.4, plan={"granularity": "linears"}),
     _case("granularity", "fused linears", 4.4, plan={"granularity": "siblings"}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import math
 import multiprocessing
@@ -33,6 +34,7 @@ from mixllm_compiler.modules import PackedLinear
 from mixllm_compiler.options import Options
 from mixllm_compiler.passes.captured_model import CapturedModel, capture_model, even_batch
 from mixllm_compiler.passes.quantize_model import QuantizingRun, Recipe, Wanted, dequantized
+from mixllm_compiler.passes.scale_model import scale_model
 from mixllm_compiler.transforms.hadamard import block_for, block_hadamard
 
 TEXTS = ("wikitext2_test", "gutenberg_test")
@@ -56,6 +58,7 @@ class Case:
         plan: further arguments of `make_plan`; `{"uniform": 4}` gives all rows that width.
         recipe: of the weight quantizer.
         sequences: of calibration text, None for all.
+        scaling: method of `scale_model` that rewrites the float model first, "" for none.
     """
 
     label: str
@@ -65,6 +68,7 @@ class Case:
     plan: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe = FULL
     sequences: int | None = None
+    scaling: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class Lab:
     console: Console
     _scores: dict[tuple[object, ...], Scores] = field(default_factory=dict)
     _captured: dict[tuple[object, ...], CapturedModel] = field(default_factory=dict)
+    _scaled: dict[tuple[str, int], Lab] = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> Lab:
@@ -211,8 +216,23 @@ class Lab:
 
     def run(self, case: Case) -> Line:
         """Plan, quantize, measure."""
+        if case.scaling:
+            lab = self.scaled(case.scaling, int(case.scores.get("rotate", ROTATION)))
+            return lab.run(dataclasses.replace(case, scaling=""))
         scores = self.scores(**case.scores)
         return self.line(case.label, self.plan(case, scores), case.recipe, scores, case.sequences)
+
+    def scaled(self, method: str, rotate: int) -> Lab:
+        """This lab with the model rewritten by `scale_model`; the last one is kept."""
+        if (method, rotate) not in self._scaled:
+            started = time.perf_counter()
+            ids = self.calibration[: self.score_sequences]
+            batches = ids.split(even_batch(len(ids), 4))
+            model = scale_model(self.model, batches, method, rotate=rotate)
+            lab = Lab(model, self.calibration, self.score_sequences, self.tests, self.console)
+            self._scaled = {(method, rotate): lab}
+            self.say(f"model scaled by {method}, rotate {rotate}", started)
+        return self._scaled[method, rotate]
 
     def plan(self, case: Case, scores: Scores) -> Plan:
         """The plan of a case."""
