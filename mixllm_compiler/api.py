@@ -31,7 +31,7 @@ from .runtime import records
 from .runtime.weights import invalidate as _invalidate
 from .salience.kinds import DEFAULT_KIND, ScoreSpec
 from .salience.scores import Scores
-from .transforms.hadamard import block_hadamard, transform_of
+from .transforms.hadamard import ROTATED_INPUT, block_hadamard, transform_of
 
 QUANTIZE_SEQUENCES = 64  # GPTQ and the refit still gain up to here; scores need 8
 
@@ -214,7 +214,8 @@ def quantize(
     for name, site in plan.sites.items():
         path = names[name]
         module = homes[path]
-        weight = found.get(name) or _rounded(module, site, transform_of(site.k, plan.rotation))
+        rotation = 0 if hasattr(module, ROTATED_INPUT) else plan.rotation
+        weight = found.get(name) or _rounded(module, site, transform_of(site.k, rotation))
         packed = PackedLinear(weight, getattr(module, "bias", None), plan.activation_mode)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed.train(module.training))

@@ -14,7 +14,7 @@ from torch import fx
 from ..ir import ops
 from ..ir.annotations import LinearSite
 from ..ir.graph import MixGraph
-from ..transforms.hadamard import block_for
+from ..transforms.hadamard import ROTATED_INPUT, block_for
 from .base import Changes, Pass
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ class RotateInputs(Pass):
         if not wanted:
             return changes
         rotated: dict[tuple[fx.Node, int], fx.Node] = {}
+        folded = _rotated_before(graph)
         for node, site in list(graph.sites()):
+            if site.module in folded:
+                changes.add(site.matrix, "not rotated: its producer does it")
+                continue
             block = block_for(site.k, wanted)
             if not block:
                 changes.add(site.matrix, f"not rotated: no power of two ≥ 32 divides K = {site.k}")
@@ -64,3 +68,9 @@ class RotateInputs(Pass):
                 rotated[x, block] = turned
             turned_weight = graph.graph.call_function(ops.HADAMARD, (weight, block))
         node.args = (turned, turned_weight, bias)
+
+
+def _rotated_before(graph: MixGraph) -> set[str]:
+    """Modules for which `fold_rotation` put the transform into what makes their input."""
+    modules = {} if graph.root is None else dict(graph.root.named_modules())
+    return {name for name, module in modules.items() if hasattr(module, ROTATED_INPUT)}

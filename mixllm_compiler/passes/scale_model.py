@@ -72,7 +72,7 @@ def scale_model(
             for node, site in sites:
                 _scale_weight(graph, node, site, scale, shift)
             _scale_input(twin, producer, sites, scale, shift)
-        _check(model(first, **extra), twin(first, **extra), method)
+        check_equal(model(first, **extra), twin(first, **extra), method)
     return twin
 
 
@@ -124,8 +124,12 @@ def _scale_input(
         setattr(twin.get_submodule(parent), leaf, wrapped.train(linear.training))
 
 
-def _check(before: Any, after: Any, method: str) -> None:
-    """Producers are found by the form of the graph; this proves that they were the right ones."""
+def check_equal(before: Any, after: Any, method: str) -> None:
+    """Producers are found by the form of the graph; this proves that they were the right ones.
+
+    Raises:
+        UnsupportedModel: the outputs differ.
+    """
     before, after = (getattr(y, "logits", y) for y in (before, after))
     error = float((after - before).abs().max() / before.abs().max())
     if not error < 0.02:  # bf16 rounds anew

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ..errors import OptionError
 
+ROTATED_INPUT = "input_rotation"
+"""Buffer of a module whose input comes rotated already: the block's size."""
+
 _CACHED = 1 << 15  # numbers that stay in a core's cache: eight times as fast as whole matrices
 
 
