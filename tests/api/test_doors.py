@@ -126,6 +126,26 @@ def test_compile_returns_the_same_object_and_generate_runs_compiled_code():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["asym", "two-level"])
+def test_calibrated_weights_are_what_compile_runs(family, monkeypatch):
+    def rounded(*args, **kwargs):
+        raise AssertionError("a weight was rounded to nearest")
+
+    monkeypatch.setattr("mixllm_compiler.passes.quantize_weights.quantize_rtn", rounded)
+    model, ids = build("llama"), token_ids(4, 40)
+    recipe = {"family": family, "rotate": 32, "widths": (4, 5, 8), "tile": 1}
+    mixllm_compiler.compile(model, bits=5.5, data=ids, quantizer="gptq", **recipe, **EAGER)
+    plan = model._mixllm_options["plan"]
+    apart = mixllm_compiler.quantize(build("llama"), plan, ids, scores=None)
+    assert kl(model(IDS).logits, apart(IDS).logits) < 1e-4
+
+
+def test_compile_refuses_a_quantizer_that_does_not_exist():
+    with pytest.raises(OptionError, match="unknown quantizer 'gptp'.*gptq"):
+        mixllm_compiler.compile(build("llama"), bits=5, quantizer="gptp")
+
+
+@torch.no_grad()
 def test_options_of_score_and_plan_go_through_compile():
     model = build("llama")
     seen = []

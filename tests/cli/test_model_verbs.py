@@ -109,6 +109,13 @@ def test_compile_says_what_became_of_the_linears(mixllm, tiny_model):
     assert "the output head" in shown
 
 
+def test_compile_quantizes_layer_by_layer(answer, tiny_model):
+    best = ("--family", "two-level", "--rotate", 32, "--quantizer", "gptq")
+    found = answer("compile", tiny_model, *FEW, *best, "--bits", 5, "--lower", "eager")
+    linears = [line for line in found["graphs"][0]["linears"] if not line["float"]]
+    assert len(linears) == LINEARS
+
+
 def test_a_prompt_needs_a_tokenizer(mixllm, tiny_model):
     result = mixllm("compile", tiny_model, "--prompt", "The river")
     assert result.exit_code == 1

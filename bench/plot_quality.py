@@ -1,0 +1,78 @@
+"""KL against true bits of everything that a quality bench measured, as an SVG.
+
+    python bench/plot_quality.py bench/results/quality-wiki-88m-h200.json docs/quality.svg
+
+Peers, if the file has some, are drawn as crosses with their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from mixllm_compiler.formats.files import write_whole
+
+INK = "#7d7d7d"  # readable on white and on black
+OURS, OTHERS, PEERS = "#2f7fd1", "#d1672f", "#8a5fbf"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the results, write the plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="JSON of bench/quality.py")
+    parser.add_argument("out", type=Path, help="SVG to write")
+    parser.add_argument("--text", default="wikitext2_test")
+    args = parser.parse_args(argv)
+    content = json.loads(args.results.read_text(encoding="utf-8"))
+    write_whole(args.out, plot(content, args.text))
+    return 0
+
+
+def plot(content: dict[str, Any], text: str) -> bytes:
+    """The SVG; the same results give the same bytes."""
+    kl, spread = f"KL {text}", f"se {text}"
+    plans = [row for row in content["rows"] if "plan" in row and kl in row]
+    ours = sorted((r for r in plans if r["plan"].startswith("ours")), key=lambda r: r["true bits"])
+    peers = [row for row in content["rows"] if "peer" in row]
+    style: Any = {
+        "svg.hashsalt": "mixllm", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+        "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none", "font.size": 9,
+    }  # fmt: skip
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        bits = [row["true bits"] for row in ours]
+        axes.errorbar(
+            bits, [r[kl] for r in ours], [r[spread] for r in ours],
+            color=OURS, marker="o", markersize=4, label="mixllm",
+        )  # fmt: skip
+        for row in (r for r in plans if r not in ours):
+            _point(axes, row["true bits"], row[kl], row["plan"], OTHERS, "s")
+        for row in peers:
+            _point(axes, row["true_bits"], row[kl], row["peer"], PEERS, "x")
+        axes.set_yscale("log")
+        axes.margins(x=0.12)
+        axes.set_xlabel("true bits per weight: codes, scales, integers, row widths")
+        axes.set_ylabel(f"KL to float, nats per token, {text}")
+        axes.grid(visible=True, which="both", color=INK, alpha=0.2)
+        axes.legend(frameon=False)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return out.getvalue()
+
+
+def _point(axes: Any, x: float, y: float, name: str, color: str, marker: str) -> None:
+    axes.plot([x], [y], color=color, marker=marker, markersize=5, linestyle="")
+    axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 3), color=color, fontsize=8)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
