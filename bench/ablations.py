@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lab import ONE_SHOT, TEXTS, Case, Line, arguments, parse, run_cases
+from lab import FOLDED, ONE_SHOT, TEXTS, Case, Line, arguments, parse, run_cases
 from mixllm_compiler.evaluation.measure import Estimate, kl_ratio
 from mixllm_compiler.passes.quantize_model import Recipe
 from mixllm_compiler.passes.scaling_methods import METHODS
@@ -53,8 +53,9 @@ CASES = (
     _case("score", "8 sequences", 3.6, scores={"sequences": 8}),
     _case("transform", "none", 4.4, **_UNROTATED),
     _case("transform", "none, per group", 4.4, scores={"rotate": 0}),
+    _case("transform", "rotation folded into v and o", 4.4, rewrite=FOLDED),
     *(
-        _case("transform", f"{method}{what}", 4.4, scaling=method, **changes)
+        _case("transform", f"{method}{what}", 4.4, rewrite=method, **changes)
         for method in METHODS
         for what, changes in ((" alone", _UNROTATED), (" and rotation", {}))
     ),

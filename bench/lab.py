@@ -33,6 +33,7 @@ from mixllm_compiler.formats.row_format import WIDTHS
 from mixllm_compiler.modules import PackedLinear
 from mixllm_compiler.options import Options
 from mixllm_compiler.passes.captured_model import CapturedModel, capture_model, even_batch
+from mixllm_compiler.passes.fold_rotation import fold_rotation
 from mixllm_compiler.passes.quantize_model import QuantizingRun, Recipe, Wanted, dequantized
 from mixllm_compiler.passes.scale_model import scale_model
 from mixllm_compiler.transforms.hadamard import block_for, block_hadamard
@@ -43,6 +44,7 @@ _BATCH = 16  # sequences that go through the model together
 ONE_SHOT = Recipe(propagate=False, refit=False, sweeps=0)  # GPTQ + clip, as published
 FULL = Recipe()
 PAPER_BITS = "the paper's bits"
+FOLDED = "fold-rotation"
 RAW = {"family": "asym", "rotate": 0, "widths": (4, 8)}
 PAPER_SCORES = {"kind": "paper", "sequences": 64, **RAW}
 
@@ -58,7 +60,7 @@ class Case:
         plan: further arguments of `make_plan`; `{"uniform": 4}` gives all rows that width.
         recipe: of the weight quantizer.
         sequences: of calibration text, None for all.
-        scaling: method of `scale_model` that rewrites the float model first, "" for none.
+        rewrite: of the float model, first: a method of `scale_model`, FOLDED, or "" for none.
     """
 
     label: str
@@ -68,7 +70,7 @@ class Case:
     plan: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe = FULL
     sequences: int | None = None
-    scaling: str = ""
+    rewrite: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Lab:
     console: Console
     _scores: dict[tuple[object, ...], Scores] = field(default_factory=dict)
     _captured: dict[tuple[object, ...], CapturedModel] = field(default_factory=dict)
-    _scaled: dict[tuple[str, int], Lab] = field(default_factory=dict)
+    _rewritten: dict[tuple[str, int], Lab] = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> Lab:
@@ -216,23 +218,26 @@ class Lab:
 
     def run(self, case: Case) -> Line:
         """Plan, quantize, measure."""
-        if case.scaling:
-            lab = self.scaled(case.scaling, int(case.scores.get("rotate", ROTATION)))
-            return lab.run(dataclasses.replace(case, scaling=""))
+        if case.rewrite:
+            lab = self.rewritten(case.rewrite, int(case.scores.get("rotate", ROTATION)))
+            return lab.run(dataclasses.replace(case, rewrite=""))
         scores = self.scores(**case.scores)
         return self.line(case.label, self.plan(case, scores), case.recipe, scores, case.sequences)
 
-    def scaled(self, method: str, rotate: int) -> Lab:
-        """This lab with the model rewritten by `scale_model`; the last one is kept."""
-        if (method, rotate) not in self._scaled:
+    def rewritten(self, method: str, rotate: int) -> Lab:
+        """This lab with another model of the same float function; the last one is kept."""
+        if (method, rotate) not in self._rewritten:
             started = time.perf_counter()
             ids = self.calibration[: self.score_sequences]
             batches = ids.split(even_batch(len(ids), 4))
-            model = scale_model(self.model, batches, method, rotate=rotate)
+            if method == FOLDED:
+                model = fold_rotation(self.model, batches[0])
+            else:
+                model = scale_model(self.model, batches, method, rotate=rotate)
             lab = Lab(model, self.calibration, self.score_sequences, self.tests, self.console)
-            self._scaled = {(method, rotate): lab}
-            self.say(f"model scaled by {method}, rotate {rotate}", started)
-        return self._scaled[method, rotate]
+            self._rewritten = {(method, rotate): lab}
+            self.say(f"model rewritten by {method}, rotate {rotate}", started)
+        return self._rewritten[method, rotate]
 
     def plan(self, case: Case, scores: Scores) -> Plan:
         """The plan of a case."""
