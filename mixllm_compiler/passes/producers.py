@@ -102,9 +102,11 @@ def _norm(graph: MixGraph, node: fx.Node, k: int) -> Producer | None:
     if getattr(node.target, "__name__", "") == "rms_norm":
         given.pop("bias", None)  # its fourth argument is eps
     named = [given.get(key) for key in ("weight", "bias")]
-    found = [graph.bindings[n] for n in named if isinstance(n, fx.Node) and n in graph.bindings]
-    if not isinstance(named[0], fx.Node) or any(b.tensor.shape != (k,) for b in found):
-        return None
+    nodes = [n for n in named if isinstance(n, fx.Node)]
+    found = [graph.bindings[n] for n in nodes if n in graph.bindings]
+    shapes = {b.tensor.shape for b in found}
+    if named[0] is None or len(found) < len(nodes) or shapes != {(k,)}:
+        return None  # without weight, with one that is computed, or not over these channels
     return _parameters(found, found[1] if len(found) > 1 else None, k)
 
 

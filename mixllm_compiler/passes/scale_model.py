@@ -132,7 +132,7 @@ def check_equal(before: Any, after: Any, method: str) -> None:
     """
     before, after = (getattr(y, "logits", y) for y in (before, after))
     error = float((after - before).abs().max() / before.abs().max())
-    if not error < 0.02:  # bf16 rounds anew
+    if not error < (1e-3 if before.dtype == torch.float32 else 0.05):  # bf16 rounds anew
         raise UnsupportedModel(
             f"{method} changed the outputs of {type(before).__name__} by {error:.1%} of the "
             "largest: this model uses a weight in a way that the graph does not show"

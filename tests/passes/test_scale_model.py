@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
-from mixllm_compiler.errors import OptionError
+from mixllm_compiler.errors import OptionError, UnsupportedModel
 from mixllm_compiler.formats.row_format import RowFormat
 from mixllm_compiler.options import Options
 from mixllm_compiler.passes.captured_model import capture_model
@@ -14,7 +17,15 @@ from mixllm_compiler.passes.scale_model import scale_model
 from mixllm_compiler.passes.scaling_methods import METHODS
 from mixllm_compiler.quantizers.rtn import rounding_error
 from mixllm_compiler.transforms.channels import InputChannels
-from tests.helpers import assert_quantized, causal_lm, compiled, oracle, token_ids
+from tests.helpers import (
+    HIDDEN,
+    activations,
+    assert_quantized,
+    causal_lm,
+    compiled,
+    oracle,
+    token_ids,
+)
 
 IDS = token_ids(2, 8)
 
@@ -117,6 +128,34 @@ def test_a_scaled_model_is_rotated_and_quantized_like_any_other():
         expected = oracle(twin, mode="token", block=128)(IDS).logits
         got = compiled(twin, rotate=128)(IDS).logits
         assert_quantized(got, twin(IDS).logits, expected)
+
+
+def test_a_wrong_producer_does_not_go_unnoticed(monkeypatch):
+    def shuffled(*args):
+        found = producer_of(*args)
+        return found and replace(found, rows=found.rows.flip(0))
+
+    monkeypatch.setattr("mixllm_compiler.passes.scale_model.producer_of", shuffled)
+    with pytest.raises(UnsupportedModel, match="changed the outputs"):
+        scale_model(causal_lm("opt", layers=1), [IDS], "smoothquant")
+
+
+def test_a_norm_whose_weight_is_computed_is_left_alone():
+    class Norm(nn.LayerNorm):
+        def forward(self, x):
+            return nn.functional.layer_norm(x, (HIDDEN,), 1 + self.weight, self.bias)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = Norm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x):
+            return torch.tanh(self.linear(self.norm(x)))  # else it is a head
+
+    x = activations(2, 5)
+    twin = scale_model(Model().eval(), [x], "outliertune")
+    assert isinstance(twin.linear, nn.Sequential)
 
 
 def test_an_unknown_method_is_refused():
