@@ -14,7 +14,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Case:
         recipe: of the weight quantizer.
         sequences: of calibration text, None for all.
         rewrite: of the float model, first: a method of `scale_model`, FOLDED, or "" for none.
+        runner: quantizes the model.
+        gains: width → factor on its losses, where rows of it are quantized better than scored.
     """
 
     label: str
@@ -71,6 +73,8 @@ class Case:
     recipe: Recipe = FULL
     sequences: int | None = None
     rewrite: str = ""
+    runner: type[QuantizingRun] = QuantizingRun
+    gains: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,12 @@ class Lab:
         return self._scores[key]
 
     def weights(
-        self, plan: Plan, recipe: Recipe, scores: Scores | None = None, sequences: int | None = None
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        scores: Scores | None = None,
+        sequences: int | None = None,
+        runner: type[QuantizingRun] = QuantizingRun,
     ) -> dict[str, QuantizedWeight]:
         """What `mixllm_compiler.quantize` makes, from a graph that all plans share."""
         key = plan.rotation, sequences
@@ -178,7 +187,7 @@ class Lab:
             self._captured[key] = capture_model(self.model, batches, options)
         wanted = {n: Wanted(s.widths, s.group, s.family) for n, s in plan.sites.items()}
         curvature = None if scores is None else scores.curvature
-        run = QuantizingRun(self._captured[key], wanted, plan.activation_mode, recipe, curvature)
+        run = runner(self._captured[key], wanted, plan.activation_mode, recipe, curvature)
         return run.run()
 
     def line(
@@ -188,10 +197,11 @@ class Lab:
         recipe: Recipe = FULL,
         scores: Scores | None = None,
         sequences: int | None = None,
+        runner: type[QuantizingRun] = QuantizingRun,
     ) -> Line:
         """Quantize and measure."""
         started = time.perf_counter()
-        weights = self.weights(plan, recipe, scores, sequences)
+        weights = self.weights(plan, recipe, scores, sequences, runner)
         seconds = time.perf_counter() - started
         model = self.simulated(weights, plan.activation_mode)
         line = Line(label, plan, true_bits(weights.values()), seconds, self.measure(model))
@@ -222,7 +232,12 @@ class Lab:
             lab = self.rewritten(case.rewrite, int(case.scores.get("rotate", ROTATION)))
             return lab.run(dataclasses.replace(case, rewrite=""))
         scores = self.scores(**case.scores)
-        return self.line(case.label, self.plan(case, scores), case.recipe, scores, case.sequences)
+        if case.gains:
+            factors = torch.tensor([case.gains.get(f.bits, 1.0) for f in scores.formats])
+            loss = {name: loss * factors for name, loss in scores.loss.items()}
+            scores = replace(scores, loss=loss)
+        plan = self.plan(case, scores)
+        return self.line(case.label, plan, case.recipe, scores, case.sequences, case.runner)
 
     def rewritten(self, method: str, rotate: int) -> Lab:
         """This lab with another model of the same float function; the last one is kept."""

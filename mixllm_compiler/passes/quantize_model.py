@@ -29,7 +29,7 @@ from ..ir.annotations import LinearSite
 from ..ir.graph import Matrix
 from ..ir.reference import quantize_activation
 from ..options import Options
-from ..quantizers.encode import encode
+from ..quantizers.encode import Encoded, encode
 from ..quantizers.gptq import SWEEPS, quantize_gptq
 from ..quantizers.hessian import DAMPING, factorize
 from ..quantizers.refit import refit
@@ -228,7 +228,6 @@ class QuantizingRun:
         """Quantize siblings as one matrix: they share inputs, and their rows are independent."""
         recipe, h = self.recipe, moments.second()
         wanted = [self.wanted[m.name] for m in matrices]
-        group, family = wanted[0].group, wanted[0].family
         w = torch.cat([m.value().float() for m in matrices])
         widths = torch.cat([p.widths for p in wanted]).to(w.device)
         if recipe.cross:
@@ -236,16 +235,20 @@ class QuantizingRun:
             share = moments.held_tokens / moments.tokens
             w, strength = refit(w, h, moments.cross(), *moments.held(), share, weights)
             self.strengths |= {m.name: strength for m in matrices}
-        if recipe.method == "rtn":
-            importance = h.diagonal()
-            coded = encode(w, widths, group, family, importance=importance, clip=recipe.clip)
-        else:
-            factor = factorize(h, group, matrices[0].name, recipe.damping)
-            coded = quantize_gptq(
-                w, widths, h, factor, group, family, clip=recipe.clip, sweeps=recipe.sweeps
-            )
+        coded = self.encode(w, wanted[0], widths, h, matrices[0].name)
         for matrix, part in zip(matrices, coded.split([m.n for m in matrices]), strict=True):
             self.weights[matrix.name] = part.stored(matrix.transform)
+
+    def encode(self, w: Tensor, wanted: Wanted, widths: Tensor, h: Tensor, name: str) -> Encoded:
+        """Codes of W [N, K], for inputs of second moment H; `name` is for errors."""
+        recipe, group, family = self.recipe, wanted.group, wanted.family
+        if recipe.method == "rtn":
+            importance = h.diagonal()
+            return encode(w, widths, group, family, importance=importance, clip=recipe.clip)
+        factor = factorize(h, group, name, recipe.damping)
+        return quantize_gptq(
+            w, widths, h, factor, group, family, clip=recipe.clip, sweeps=recipe.sweeps
+        )
 
 
 def _cannot_stop(group: _Group) -> UnsupportedModel:

@@ -25,7 +25,7 @@ def descend(w: Tensor, coded: Encoded, h: Tensor, sweeps: int) -> None:
     """
     h = damp(h, _DAMPING).float()
     for _ in range(sweeps):
-        _rescale(w, coded, h)
+        rescale(w, coded, h)
         # In units of the row's scale: E/S and its product with H, kept up to date.
         target = w / coded.scale[:, None]
         moved = (target - coded.dequantize() / coded.scale[:, None]) @ h
@@ -33,10 +33,10 @@ def descend(w: Tensor, coded: Encoded, h: Tensor, sweeps: int) -> None:
             columns = coded.columns(g)
             before = coded.values(g)
             _codes(coded, g, moved, h)
-            _integers(coded, g, moved, h, before)
+            refine_integers(coded, g, moved, h, before)
             change = coded.values(g) - before
             moved.addmm_(change, h[columns], alpha=-1)
-    _rescale(w, coded, h)
+    rescale(w, coded, h)
 
 
 def _codes(coded: Encoded, g: int, moved: Tensor, h: Tensor) -> None:
@@ -55,7 +55,7 @@ def _codes(coded: Encoded, g: int, moved: Tensor, h: Tensor) -> None:
     coded.codes[:, columns] = codes.t().to(torch.uint8)
 
 
-def _integers(coded: Encoded, g: int, moved: Tensor, h: Tensor, before: Tensor) -> None:
+def refine_integers(coded: Encoded, g: int, moved: Tensor, h: Tensor, before: Tensor) -> None:
     """Best integer step, then offset of a group for its codes."""
     columns = coded.columns(g)
     own = h[columns, columns]
@@ -101,7 +101,7 @@ def _accept(
     coded.top[:, g] = torch.where(coded.widths == 8, coded.top[:, g], top)
 
 
-def _rescale(w: Tensor, coded: Encoded, h: Tensor) -> None:
+def rescale(w: Tensor, coded: Encoded, h: Tensor) -> None:
     """S = (w H zᵀ) / (z H zᵀ) for the integers z of every row; kept where that is not positive."""
     z = coded.dequantize() / coded.scale[:, None]
     curved = z @ h

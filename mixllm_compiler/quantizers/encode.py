@@ -77,6 +77,19 @@ class Encoded:
         parts = zip(*(getattr(self, name).split(list(sizes)) for name in _BY_ROW), strict=True)
         return [replace(self, **dict(zip(_BY_ROW, tensors, strict=True))) for tensors in parts]
 
+    @staticmethod
+    def joined(parts: Sequence[Encoded]) -> Encoded:
+        """Rows of one group size and family below each other."""
+        columns: dict[str, Any] = {
+            name: torch.cat([getattr(p, name) for p in parts]) for name in _BY_ROW
+        }
+        return replace(parts[0], **columns)
+
+    def take(self, rows: Tensor) -> Encoded:
+        """The rows of these indices, in their order."""
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _BY_ROW}
+        return replace(self, **columns)
+
     def stored(self, transform: str = "") -> QuantizedWeight:
         """In the neutral form."""
         n, k = self.codes.shape
@@ -142,12 +155,7 @@ def encode(
         )
         for at in range(0, n, _ROWS)
     ]
-    if len(parts) == 1:
-        return parts[0]
-    joined: dict[str, Any] = {
-        name: torch.cat([getattr(p, name) for p in parts]) for name in _BY_ROW
-    }
-    return replace(parts[0], **joined)
+    return parts[0] if len(parts) == 1 else Encoded.joined(parts)
 
 
 def _encode(

@@ -1,0 +1,134 @@
+"""What trellis rows would be worth: KL of the whole model with them, over KL without.
+
+    python bench/trellis.py --model DIR --texts DIR --calibration FILE --device cuda --workers 4
+
+Both sides have the same recipe and the same true bits; rows of 2 to 5 bits are trellis rows
+(`quantizers/trellis.py`), others stay as they are. A code is STATESxSURVIVORS: the format knows the
+states, the encoder alone the survivors. The allocation with trellis rows scales the losses of a
+width by what such rows lose of the weight error on real layers. The trellis is decided by 3.6 and
+4.4 bits: it becomes a format if it keeps at most 0.88 of the KL at both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ablations import show
+from lab import TEXTS, Case, arguments, parse, run_cases
+from mixllm_compiler.passes.quantize_model import QuantizingRun, Wanted
+from mixllm_compiler.quantizers.encode import Encoded
+from mixllm_compiler.quantizers.hessian import factorize
+from mixllm_compiler.quantizers.trellis import quantize_trellis
+from results_io import Bar, write_results
+
+BUDGETS = (3.6, 4.4)
+LIMIT = 0.88
+_RATIO, _SE = f"ratio {TEXTS[0]}", f"ratio se {TEXTS[0]}"
+
+
+class TrellisRun(QuantizingRun):
+    """Trellis rows in place of those of some widths; simulated, since nothing stores them yet."""
+
+    states: ClassVar[int]
+    survivors: ClassVar[int]
+    gains: ClassVar[dict[int, float]]  # width → weight error of trellis rows over two-level rows
+
+    def encode(self, w: Tensor, wanted: Wanted, widths: Tensor, h: Tensor, name: str) -> Encoded:
+        """As the base class, but trellis rows carry levels: codes of one bit more."""
+        chosen = torch.isin(widths.long(), torch.tensor(list(self.gains), device=w.device))
+        rows, others = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+        parts = []
+        if len(rows):
+            factor = factorize(h, wanted.group, name, self.recipe.damping)
+            found = quantize_trellis(
+                w[rows],
+                widths[rows],
+                h,
+                factor,
+                wanted.group,
+                states=self.states,
+                survivors=self.survivors,
+            )
+            parts.append(found)
+        if len(others):
+            parts.append(super().encode(w[others], wanted, widths[others], h, name))
+        return Encoded.joined(parts).take(torch.cat((rows, others)).argsort())
+
+
+class FourStates(TrellisRun):
+    """Viterbi's algorithm."""
+
+    states, survivors = 4, 1
+    gains: ClassVar = {2: 0.86, 3: 0.885, 4: 0.905, 5: 0.985}
+
+
+class FourStatesList(TrellisRun):
+    """The same format, encoded with more effort."""
+
+    states, survivors = 4, 8
+    gains: ClassVar = {2: 0.82, 3: 0.855, 4: 0.88, 5: 0.945}
+
+
+class SixteenStatesList(TrellisRun):
+    """A longer memory."""
+
+    states, survivors = 16, 4
+    gains: ClassVar = {2: 0.81, 3: 0.847, 4: 0.868, 5: 0.935}
+
+
+RUNNERS = {f"{r.states}x{r.survivors}": r for r in (FourStates, FourStatesList, SixteenStatesList)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Quantize, measure, print; write the results unless `--quick`."""
+    args, started = _arguments(argv), time.perf_counter()
+    base = {bits: Case(f"ours at {bits}", bits) for bits in BUDGETS}
+    cases = [
+        Case(f"trellis {code} at {bits}", bits, runner=RUNNERS[code], gains=RUNNERS[code].gains)
+        for code in args.codes.split(",")
+        for bits in BUDGETS
+    ]
+    # What a trellis row stores is not what simulates it: the plan knows its true bits.
+    lines = {
+        label: replace(line, true_bits=line.plan.true_bits)
+        for label, line in run_cases(args, [*cases, *base.values()]).items()
+    }
+    rows = [lines[c.label].row() for c in base.values() if c.label in lines]
+    bars = []
+    for case in cases:
+        ours = base[float(case.bits or 0)].label
+        if case.label not in lines or ours not in lines:
+            bars.append(Bar.at_most(f"{args.name}: {case.label}", None, LIMIT))
+            continue
+        row = lines[case.label].row(lines[ours])
+        rows.append(row)
+        name, value, se = f"{args.name}: {case.label}", row[_RATIO], row[_SE]
+        bars.append(Bar.at_most(name, value, LIMIT, se))
+    show([row for row in rows if _RATIO in row], bars)
+    if not args.quick:
+        extra = {
+            "model": args.name,
+            "calibration tokens": args.sequences * args.length,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_results(f"trellis-{args.name}", rows, bars, device=args.device, extra=extra)
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments(parser)
+    parser.add_argument("--codes", default="4x1,4x8", help=f"some of {', '.join(RUNNERS)}")
+    return parse(parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
