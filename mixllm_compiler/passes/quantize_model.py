@@ -31,7 +31,7 @@ from ..ir.reference import quantize_activation
 from ..options import Options
 from ..quantizers.encode import Encoded, encode
 from ..quantizers.gptq import SWEEPS, quantize_gptq
-from ..quantizers.hessian import DAMPING, factorize
+from ..quantizers.hessian import DAMPING, factorize, require_finite
 from ..quantizers.refit import refit
 from ..runtime.weights import CACHE, packing_key
 from .captured_model import CapturedModel, Values, capture_model, even_batch
@@ -227,6 +227,7 @@ class QuantizingRun:
     def _solve(self, matrices: list[Matrix], moments: Moments) -> None:
         """Quantize siblings as one matrix: they share inputs, and their rows are independent."""
         recipe, h = self.recipe, moments.second()
+        require_finite(h, matrices[0].name)
         wanted = [self.wanted[m.name] for m in matrices]
         w = torch.cat([m.value().float() for m in matrices])
         widths = torch.cat([p.widths for p in wanted]).to(w.device)

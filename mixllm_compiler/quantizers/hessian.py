@@ -40,10 +40,8 @@ def factorize(h: Tensor, group: int, name: str, damping: float = DAMPING) -> Fac
     Raises:
         WeightError: H is not finite, or not positive definite even with damping.
     """
-    k = len(h)
-    diagonal = h.diagonal().double()
-    if not bool(diagonal.isfinite().all()):
-        raise WeightError(f"the inputs of {name} are NaN or infinite on the calibration text")
+    require_finite(h, name)
+    k, diagonal = len(h), h.diagonal().double()
     size = group_size(k, group)
     sums = [float(diagonal[at : at + size].sum()) for at in range(0, k, size)]
     order = sorted(range(groups_of(k, group)), key=lambda g: -sums[g])
@@ -58,6 +56,16 @@ def factorize(h: Tensor, group: int, name: str, damping: float = DAMPING) -> Fac
         )
     upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     return Factor(tuple(order), columns, upper.float(), diagonal.float())
+
+
+def require_finite(h: Tensor, name: str) -> None:
+    """Refuse E[x xᵀ] of inputs that are no numbers.
+
+    Raises:
+        WeightError: its diagonal holds NaN or infinities.
+    """
+    if not bool(h.diagonal().isfinite().all()):
+        raise WeightError(f"the inputs of {name} are NaN or infinite on the calibration text")
 
 
 def damp(h: Tensor, damping: float) -> Tensor:
