@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..formats.row_format import groups_of
-from .descent import refine_integers, rescale
+from .descent import descend, refine_integers, rescale
 from .encode import Encoded, in_groups
+from .gptq import SWEEPS
 from .grid import RATIOS, Grid
 from .hessian import Factor, damp
 
@@ -43,13 +44,26 @@ class Trellis:
         states: 4, 8 or 16; a state holds the last bits u, the latest one highest.
         survivors: of each state that the encoder keeps; one is Viterbi's algorithm, which is
             exact only without feedback.
-        cosets: fp32 [2, states/2, 2]: level mod 4 on the way from state 2h + p with bit u to state
-            u · states/2 + h, at [u, h, p].
+        modulus: of levels in cosets, 4; 2 without a code.
+        cosets: fp32 [2, states/2, 2]: level mod `modulus` on the way from state 2h + p with bit u
+            to state u · states/2 + h, at [u, h, p].
     """
 
     states: int
     survivors: int
     cosets: Tensor
+    modulus: int = 4
+
+    @classmethod
+    def plain(cls, survivors: int, device: torch.device) -> Trellis:
+        """No code: any level follows any other. A search for plain rows, survivors by parity."""
+        table = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 2, 2).to(device)
+        return cls(4, survivors, table, 2)
+
+    @property
+    def extra(self) -> int:
+        """Bits that levels have more than a row stores."""
+        return self.modulus // 4
 
     @classmethod
     def of(cls, states: int, survivors: int, device: torch.device) -> Trellis:
@@ -100,7 +114,8 @@ def search(y: Tensor, grid: Grid, upper: Tensor, trellis: Trellis) -> tuple[Tens
     work = ((y - grid.offset[:, None]) / grid.step[:, None]).t()[:, None]
     work = work.expand(size, lanes, rows).contiguous()
     cosets = trellis.cosets[..., None, None]
-    most = ((grid.top - cosets) / 4).floor_()
+    modulus = trellis.modulus
+    most = ((grid.top - cosets) / modulus).floor_()
     metric = work.new_full((lanes, rows), torch.inf)
     metric[0] = 0
     prices = (1 / diagonal.square()).tolist()
@@ -111,8 +126,8 @@ def search(y: Tensor, grid: Grid, upper: Tensor, trellis: Trellis) -> tuple[Tens
         trail = []
         for j in range(stop - start):
             x = here[j].view(1, half, 2, kept, rows)
-            level = torch.sub(x, cosets).div_(4).round_().clamp_(min=0)
-            level = torch.minimum(level, most).mul_(4).add_(cosets)
+            level = torch.sub(x, cosets).div_(modulus).round_().clamp_(min=0)
+            level = torch.minimum(level, most).mul_(modulus).add_(cosets)
             left = x - level
             cost = metric.view(1, half, 2, kept, rows)
             cost = torch.addcmul(cost, left, left, value=prices[start + j]).flatten(2, 3)
@@ -177,23 +192,31 @@ def quantize_trellis(
         widths: uint8 [N] bits of every row.
         h: fp32 [K, K] E[x xᵀ].
         factor: of the same H.
-        states, survivors: see `Trellis`.
+        states, survivors: see `Trellis`; 0 states for plain two-level rows, whose codes are
+            searched in the same way and then one at a time.
         sweeps: rounds of descent.
 
     Returns:
-        In the form of two-level rows of one bit more, whose codes are the levels.
+        In the form of two-level rows of one bit more, whose codes are the levels; plain rows as
+        they are.
     """
     with torch.no_grad():
-        trellis = Trellis.of(states, survivors, w.device)
-        coded = _encode(w.float(), widths.to(w.device) + 1, group, factor, trellis)
+        plain = states == 0
+        trellis = (
+            Trellis.plain(survivors, w.device) if plain else Trellis.of(states, survivors, w.device)
+        )
+        coded = _encode(w.float(), widths.to(w.device) + trellis.extra, group, factor, trellis)
         _descend(w.float(), coded, h, sweeps, trellis)
+        if plain:
+            descend(w.float(), coded, h, SWEEPS)
         return coded
 
 
 def _encode(w: Tensor, widths: Tensor, group: int, factor: Factor, trellis: Trellis) -> Encoded:
     n, k = w.shape
     importance = factor.diagonal / factor.diagonal.mean()
-    scale = _row_scales(w, widths, group, importance)
+    noise = trellis.extra * _GRANULAR
+    scale = _row_scales(w, widths, group, importance, noise)
     step, offset, top = torch.ones(3, n, groups_of(k, group), device=w.device)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     out = Encoded(widths, group, "two-level", codes, step, offset, top, scale)
@@ -202,7 +225,7 @@ def _encode(w: Tensor, widths: Tensor, group: int, factor: Factor, trellis: Trel
         columns = out.columns(g)
         here = slice(at, at + columns.stop - columns.start)
         at = here.stop
-        grid, _ = _choose(x[:, here].contiguous(), widths, importance[columns])
+        grid, _ = _choose(x[:, here].contiguous(), widths, importance[columns], noise)
         level, carried = search(x[:, here], grid, factor.upper[here, here], trellis)
         out.codes[:, columns] = level.to(torch.uint8)
         out.step[:, g], out.offset[:, g], out.top[:, g] = grid.step, grid.offset, grid.top
@@ -211,7 +234,7 @@ def _encode(w: Tensor, widths: Tensor, group: int, factor: Factor, trellis: Trel
     return out
 
 
-def _row_scales(w: Tensor, widths: Tensor, group: int, importance: Tensor) -> Tensor:
+def _row_scales(w: Tensor, widths: Tensor, group: int, importance: Tensor, noise: float) -> Tensor:
     """fp32 [N]: the best of some scales from max|w| / 127 down, by what `_choose` expects."""
     largest = w.abs().amax(1).clamp(min=_TINY) / 127
     weights = in_groups(importance, group)
@@ -219,13 +242,13 @@ def _row_scales(w: Tensor, widths: Tensor, group: int, importance: Tensor) -> Te
     for factor in _SCALE_FACTORS:
         scale = largest * factor
         x = in_groups(w / scale[:, None], group)
-        error = _choose(x, widths, weights)[1].sum(1) * scale.square()
+        error = _choose(x, widths, weights, noise)[1].sum(1) * scale.square()
         chosen = torch.where(error < best, scale, chosen)
         best = torch.minimum(error, best)
     return chosen
 
 
-def _choose(x: Tensor, widths: Tensor, importance: Tensor) -> tuple[Grid, Tensor]:
+def _choose(x: Tensor, widths: Tensor, importance: Tensor, noise: float) -> tuple[Grid, Tensor]:
     """Grids of groups x [R, g] or [R, G, g], and their errors.
 
     Errors are the noise inside the range and what lies beyond it.
@@ -241,7 +264,7 @@ def _choose(x: Tensor, widths: Tensor, importance: Tensor) -> tuple[Grid, Tensor
             step = torch.minimum(step, ((127 - offset) / 3).floor_())
             grid = Grid(step, offset, torch.minimum(top, ((127 - offset) / step).floor_()))
             error = grid.errors(x, importance)
-            error += _GRANULAR * importance.sum(-1) * step.square()
+            error += noise * importance.sum(-1) * step.square()
             best = grid if best is None else grid.where(error < least, best)
             least = torch.minimum(error, least)
     assert best is not None

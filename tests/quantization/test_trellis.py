@@ -74,3 +74,23 @@ def test_rows_obey_the_code_and_beat_plain_ones() -> None:
         return float((((w - w_hat) @ h) * (w - w_hat)).sum())
 
     assert error(coded.dequantize()) < 0.95 * error(plain.dequantize())
+
+
+def test_the_search_serves_plain_rows_too() -> None:
+    """With enough survivors nothing is lost: the best of all codes."""
+    torch.manual_seed(1)
+    a = torch.randn(5, 5)
+    h = a @ a.t() + 0.1 * torch.eye(5)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    y = torch.rand(20, 5) * 8 - 3
+    grid = Grid(torch.full((20,), 2.0), torch.full((20,), -3.0), torch.full((20,), 3.0))
+    levels, _ = search(y, grid, upper, Trellis.plain(64, CPU))
+    codes = torch.tensor(list(itertools.product(range(4), repeat=5))).float()
+
+    def error(tried: Tensor) -> Tensor:
+        left = y[:, None] - (2 * tried - 3)
+        return ((left @ h) * left).sum(-1)
+
+    best = error(codes[None]).amin(1)
+    assert bool((levels <= 3).all())
+    assert float((error(levels[:, None])[:, 0] / best).mean()) < 1.05
