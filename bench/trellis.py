@@ -4,8 +4,9 @@
 
 Both sides have the same recipe and the same true bits; rows of 2 to 5 bits are trellis rows
 (`quantizers/trellis.py`), others stay as they are. A code is STATESxSURVIVORS: the format knows
-the states, the encoder alone the survivors; 0 states are plain rows from the same encoder. The
-allocation scales the losses of a width by what such rows lose of the weight error on real layers.
+the states, the encoder alone the survivors; 0 states are plain rows from the same encoder, `mixed`
+has 4x8 up to 4 bits and 0x16 for 5 and 6. The allocation scales the losses of a width by what
+such rows lose of the weight error on real layers.
 Trellis rows become a format if they keep at most 0.88 of the KL at 3.6 and at 4.4 bits.
 """
 
@@ -33,64 +34,82 @@ _RATIO, _SE = f"ratio {TEXTS[0]}", f"ratio se {TEXTS[0]}"
 
 
 class TrellisRun(QuantizingRun):
-    """Trellis rows in place of those of some widths; simulated, since nothing stores them yet."""
+    """Other rows in place of those of some widths; simulated, since nothing stores them yet."""
 
-    states: ClassVar[int]
-    survivors: ClassVar[int]
-    gains: ClassVar[dict[int, float]]  # width → weight error of trellis rows over two-level rows
+    codes: ClassVar[dict[int, tuple[int, int]]]  # width → states, survivors
+    gains: ClassVar[dict[int, float]]  # width → weight error of such rows over that of ours
 
     def encode(self, w: Tensor, wanted: Wanted, widths: Tensor, h: Tensor, name: str) -> Encoded:
         """As the base class, but trellis rows carry levels: codes of one bit more."""
-        chosen = torch.isin(widths.long(), torch.tensor(list(self.gains), device=w.device))
-        rows, others = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
-        parts = []
+        factor = factorize(h, wanted.group, name, self.recipe.damping)
+        left = torch.ones_like(widths, dtype=torch.bool)
+        parts, order = [], []
+        for states, survivors in sorted(set(self.codes.values())):
+            mine = [bits for bits, code in self.codes.items() if code == (states, survivors)]
+            chosen = torch.isin(widths.long(), torch.tensor(mine, device=w.device))
+            rows = chosen.nonzero().flatten()
+            left &= ~chosen
+            if len(rows):
+                found = quantize_trellis(
+                    w[rows],
+                    widths[rows],
+                    h,
+                    factor,
+                    wanted.group,
+                    states=states,
+                    survivors=survivors,
+                )
+                parts.append(found)
+                order.append(rows)
+        rows = left.nonzero().flatten()
         if len(rows):
-            factor = factorize(h, wanted.group, name, self.recipe.damping)
-            found = quantize_trellis(
-                w[rows],
-                widths[rows],
-                h,
-                factor,
-                wanted.group,
-                states=self.states,
-                survivors=self.survivors,
-            )
-            parts.append(found)
-        if len(others):
-            parts.append(super().encode(w[others], wanted, widths[others], h, name))
-        return Encoded.joined(parts).take(torch.cat((rows, others)).argsort())
+            parts.append(super().encode(w[rows], wanted, widths[rows], h, name))
+            order.append(rows)
+        return Encoded.joined(parts).take(torch.cat(order).argsort())
 
 
 class FourStates(TrellisRun):
-    """Viterbi's algorithm."""
+    """Viterbi's algorithm; beyond 5 bits the int8 grid is too coarse for twice the levels."""
 
-    states, survivors = 4, 1
+    codes: ClassVar = dict.fromkeys((2, 3, 4, 5), (4, 1))
     gains: ClassVar = {2: 0.86, 3: 0.88, 4: 0.91, 5: 0.98}
 
 
 class FourStatesList(TrellisRun):
     """The same format, encoded with more effort."""
 
-    states, survivors = 4, 8
+    codes: ClassVar = dict.fromkeys((2, 3, 4, 5), (4, 8))
     gains: ClassVar = {2: 0.81, 3: 0.835, 4: 0.865, 5: 0.935}
 
 
 class SixteenStatesList(TrellisRun):
     """A longer memory."""
 
-    states, survivors = 16, 4
+    codes: ClassVar = dict.fromkeys((2, 3, 4, 5), (16, 4))
     gains: ClassVar = {2: 0.80, 3: 0.82, 4: 0.85, 5: 0.92}
 
 
 class PlainList(TrellisRun):
     """No trellis, but plain rows encoded with as much effort: what remains is the code's."""
 
-    states, survivors = 0, 16
-    gains: ClassVar = {2: 0.95, 3: 0.95, 4: 0.95, 5: 0.95, 6: 0.94}
+    codes: ClassVar = dict.fromkeys((2, 3, 4, 5, 6), (0, 16))
+    gains: ClassVar = dict.fromkeys((2, 3, 4, 5, 6), 0.95)
 
 
-CODES = FourStates, FourStatesList, SixteenStatesList, PlainList
-RUNNERS = {f"{code.states}x{code.survivors}": code for code in CODES}
+class Mixed(TrellisRun):
+    """Trellis rows where they gain, plain rows from the same encoder elsewhere."""
+
+    codes: ClassVar = FourStatesList.codes | dict.fromkeys((5, 6), (0, 16))
+    gains: ClassVar = FourStatesList.gains | dict.fromkeys((5, 6), 0.95)
+
+
+RUNNERS: dict[str, type[TrellisRun]] = {
+    "4x1": FourStates,
+    "4x8": FourStatesList,
+    "16x4": SixteenStatesList,
+    "0x16": PlainList,
+    "mixed": Mixed,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +153,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments(parser)
-    parser.add_argument("--codes", default="4x8,0x16,4x1", help=f"some of {', '.join(RUNNERS)}")
+    parser.add_argument(
+        "--codes", default="4x8,0x16,mixed,4x1", help=f"some of {', '.join(RUNNERS)}"
+    )
     return parse(parser, argv)
 
 
