@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lab import FOLDED, ONE_SHOT, TEXTS, Case, Line, arguments, parse, run_cases
+from lab import FOLDED, ONE_SHOT, OWN_TEXT, TEXTS, Case, Line, arguments, parse, run_cases
 from mixllm_compiler.evaluation.measure import Estimate, kl_ratio
 from mixllm_compiler.passes.quantize_model import Recipe
 from mixllm_compiler.passes.scaling_methods import METHODS
@@ -43,7 +43,7 @@ CASES = (
     _case("quantizer", "one shot, no descent", 3.6, recipe=ONE_SHOT),
     _case("quantizer", "one shot", 3.6, recipe=Recipe(propagate=False, refit=False)),
     _case("quantizer", "no refit", 3.6, recipe=Recipe(refit=False)),
-    _case("quantizer", "four sweeps", 3.6, recipe=Recipe(sweeps=4)),
+    _case("quantizer", "two sweeps", 3.6, recipe=Recipe(sweeps=2)),
     _case("quantizer", "round to nearest", 3.6, recipe=Recipe(method="rtn", refit=False)),
     *(
         _case("score", kind, 3.6, scores={"kind": kind})
@@ -59,7 +59,8 @@ CASES = (
         for method in METHODS
         for what, changes in ((" alone", _UNROTATED), (" and rotation", {}))
     ),
-    *(_case("text", f"{n} sequences", 3.6, sequences=n) for n in (64, 32, 16)),
+    *(_case("text", f"{n} sequences", 3.6, sequences=n) for n in (64, 32, 16, 8)),
+    _case("text", "64 sequences of its own", 3.6, rewrite=OWN_TEXT),
     _case("granularity", "linears", 4.4, plan={"granularity": "linears"}),
     _case("granularity", "fused linears", 4.4, plan={"granularity": "siblings"}),
     _case("granularity", "tiles within matrices", 4.4, plan={"siblings": False}),

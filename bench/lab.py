@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mixllm_compiler import Plan, Scores, score
 from mixllm_compiler.allocation.allocate import make_plan, uniform_plan
+from mixllm_compiler.calibration.tokens import written_by
 from mixllm_compiler.evaluation.measure import Quality, compare, kl_ratio
 from mixllm_compiler.evaluation.text import Windows, read_windows
 from mixllm_compiler.formats.bits import true_bits
@@ -45,6 +46,8 @@ ONE_SHOT = Recipe(propagate=False, refit=False, sweeps=0)  # GPTQ + clip, as pub
 FULL = Recipe()
 PAPER_BITS = "the paper's bits"
 FOLDED = "fold-rotation"
+OWN_TEXT = "its own text"  # as a rewriting: the same model, calibrated on what it writes
+_OWN_SEQUENCES = 64
 RAW = {"family": "asym", "rotate": 0, "widths": (4, 8)}
 PAPER_SCORES = {"kind": "paper", "sequences": 64, **RAW}
 
@@ -60,7 +63,7 @@ class Case:
         plan: further arguments of `make_plan`; `{"uniform": 4}` gives all rows that width.
         recipe: of the weight quantizer.
         sequences: of calibration text, None for all.
-        rewrite: of the float model, first: a method of `scale_model`, FOLDED, or "" for none.
+        rewrite: of the float model, first: a method of `scale_model`, FOLDED, OWN_TEXT, or "".
         runner: quantizes the model.
         gains: width → factor on its losses, where rows of it are quantized better than scored.
     """
@@ -245,11 +248,15 @@ class Lab:
             started = time.perf_counter()
             ids = self.calibration[: self.score_sequences]
             batches = ids.split(even_batch(len(ids), 4))
-            if method == FOLDED:
-                model = fold_rotation(self.model, batches[0])
+            model, calibration = self.model, self.calibration
+            if method == OWN_TEXT:
+                count = min(_OWN_SEQUENCES, len(calibration))
+                calibration = written_by(model, count, calibration.shape[1])
+            elif method == FOLDED:
+                model = fold_rotation(model, batches[0])
             else:
-                model = scale_model(self.model, batches, method, rotate=rotate)
-            lab = Lab(model, self.calibration, self.score_sequences, self.tests, self.console)
+                model = scale_model(model, batches, method, rotate=rotate)
+            lab = Lab(model, calibration, self.score_sequences, self.tests, self.console)
             self._rewritten = {(method, rotate): lab}
             self.say(f"model rewritten by {method}, rotate {rotate}", started)
         return self._rewritten[method, rotate]

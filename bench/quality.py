@@ -43,7 +43,7 @@ from results_io import Bar, write_results
 UNIFORM, PAPER = "uniform W4", "paper, 10 % at 8 bits"
 PAPER_BYTES, KFAC_48 = "paper's score by bytes at 4.4", "{4,8} kfac at 5.0"
 _ROWS = {"granularity": "rows"}
-_KFAC = {"kind": "kfac", "sequences": 64, "clip": True, **RAW}
+_KFAC = {"kind": "kfac", "sequences": 128, "clip": True, **RAW}
 BASELINES = (
     Case(UNIFORM, scores=_KFAC, plan={"uniform": 4}, recipe=ONE_SHOT),
     Case(PAPER, scores=PAPER_SCORES, plan={"preset": "paper"}, recipe=ONE_SHOT),
