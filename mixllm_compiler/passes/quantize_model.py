@@ -175,6 +175,11 @@ class QuantizingRun:
             x = node.args[0]
             if site.matrix in self.wanted and isinstance(x, fx.Node):
                 found.setdefault(x, _Group(x, [])).sites.append((node, site))
+        for group in found.values():
+            formats = {(w.group, w.family) for _, s in group.sites for w in [self.wanted[s.matrix]]}
+            if len(formats) > 1:
+                names = ", ".join(site.matrix for _, site in group.sites)
+                raise OptionError(f"{names} read one value; a plan gives them one group and family")
         return sorted(found.values(), key=lambda g: place[g.x])
 
     def _advance(

@@ -141,7 +141,7 @@ def test_calibrated_weights_are_what_compile_runs(family, monkeypatch):
 
 
 def test_compile_refuses_a_quantizer_that_does_not_exist():
-    with pytest.raises(OptionError, match="unknown quantizer 'gptp'.*gptq"):
+    with pytest.raises(OptionError, match=r"unknown quantizer 'gptp'.*gptq"):
         mixllm_compiler.compile(build("llama"), bits=5, quantizer="gptp")
 
 
