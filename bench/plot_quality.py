@@ -57,7 +57,7 @@ def plot(content: dict[str, Any], text: str) -> bytes:
         for row in (r for r in plans if r not in ours):
             _point(axes, row["true bits"], row[kl], row["plan"], OTHERS, "s")
         for row in peers:
-            _point(axes, row["true_bits"], row[kl], row["peer"], PEERS, "x")
+            _point(axes, row["true bits"], row[kl], row["peer"], PEERS, "x")
         axes.set_yscale("log")
         axes.margins(x=0.12)
         axes.set_xlabel("true bits per weight: codes, scales, integers, row widths")

@@ -195,12 +195,12 @@ def peer_rows(lab: Lab, folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.safetensors")):
         weights, about = load_peer(path)
         quality = lab.measure(lab.with_weights(weights))
-        row = {"peer": path.stem, **about}
+        row = {**about, "peer": path.stem}
         for text, found in quality.items():
             row[f"KL {text}"] = float(f"{found.mean_kl.value:.4g}")
             row[f"se {text}"] = float(f"{found.mean_kl.se:.2g}")
         rows.append(row)
-        lab.console.log(f"{path.stem}: {row.get('true_bits')} bits, KL {row[f'KL {TEXTS[0]}']}")
+        lab.console.log(f"{path.stem}: {row['true bits']} bits, KL {row[f'KL {TEXTS[0]}']}")
     return rows
 
 
