@@ -154,11 +154,14 @@ class QuantizingRun:
                     self._advance(segment, ours, mixed, ready)
                 else:
                     ours = [dict(values) for values in floats]
+                # A linear may lie behind the next cut: only what has run is forgotten.
+                override = {n: f for n, f in override.items() if n not in segment.nodes}
+                ready = {n: w for n, w in ready.items() if n not in segment.nodes}
                 group = groups[done]
                 if segment.nodes[-1] is not group.x:
                     raise _cannot_stop(group)
-                override = self._quantize(group, floats, ours)
-                ready = self._transformed(group)
+                override |= self._quantize(group, floats, ours)
+                ready |= self._transformed(group)
                 done += 1
                 if progress is not None:
                     progress(done, len(groups))

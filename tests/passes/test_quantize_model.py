@@ -129,6 +129,48 @@ def test_every_layer_is_calibrated_on_the_inputs_that_it_will_get(kind, rotate, 
         assert (h - expected).norm() <= 1e-3 * expected.norm(), name
 
 
+class Parallel(nn.Module):
+    """Two branches whose inputs are both there before either linear runs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(100, 64)
+        self.one, self.two = nn.LayerNorm(64), nn.RMSNorm(64)
+        self.left, self.right, self.last = (nn.Linear(64, 64) for _ in range(3))
+        self.lm_head = nn.Linear(64, 100, bias=False)
+        self.eval()
+
+    def forward(self, ids):
+        x = self.table(ids)
+        u, v = self.one(x), self.two(x)
+        return self.lm_head(self.last(torch.tanh(self.left(u) * self.right(v))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rotate", [0, 32])
+def test_linears_behind_the_next_cut_are_quantized_too(rotate, monkeypatch):
+    seen, solve = [], QuantizingRun._solve
+
+    def spy(self, matrices, moments):
+        seen.append(moments.second())
+        solve(self, matrices, moments)
+
+    monkeypatch.setattr(QuantizingRun, "_solve", spy)
+    model, ids = Parallel(), token_ids(4, 32)
+    weights = {n: getattr(model, n).weight.detach() for n in ("left", "right", "last")}
+    sites = {n: SitePlan(64, 64, torch.full((64,), 2, dtype=torch.uint8), 64) for n in weights}
+    plan = Plan(fingerprint(weights), sites, {}, activation_mode="token", rotation=rotate)
+    mixllm_compiler.quantize(model, plan, ids, batch=2)
+    inputs = []
+    model.last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(ids)
+    x = hadamard(inputs[0], rotate) if rotate else inputs[0]
+    x = dequantized(x, "token", 64).flatten(0, -2)
+    expected = x.t() @ x / len(x)
+    assert (seen[-1] - expected).norm() <= 1e-3 * expected.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind, family", [("llama", "two-level"), ("opt", "asym")])
 def test_text_makes_three_bits_better(kind, family):
