@@ -26,6 +26,7 @@ from results_io import Bar, write_results
 BASE = {bits: Case(f"ours at {bits}", bits) for bits in (3.6, 4.4, 4.75)}
 _PLAIN = Recipe(sweeps=0)
 _UNROTATED: dict[str, Any] = {"scores": {"rotate": 0}, "plan": {"activation_mode": "token"}}
+_WIDE = {"rotate": 256}
 _ASYM = {"family": "asym", "clip": True}
 
 
@@ -54,6 +55,14 @@ CASES = (
     _case("transform", "none", 4.4, **_UNROTATED),
     _case("transform", "none, per group", 4.4, scores={"rotate": 0}),
     _case("transform", "rotation folded into v and o", 4.4, rewrite=FOLDED),
+    *(_case("transform", "rotation in blocks of 256", b, scores=_WIDE) for b in (4.4, 4.75)),
+    _case(
+        "activations",
+        "per group, rotation in blocks of 256",
+        4.75,
+        scores=_WIDE,
+        plan={"activation_mode": "group"},
+    ),
     *(
         _case("transform", f"{method}{what}", 4.4, rewrite=method, **changes)
         for method in METHODS

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mixllm_compiler import Plan, Scores, score
 from mixllm_compiler.allocation.allocate import make_plan, uniform_plan
 from mixllm_compiler.calibration.tokens import written_by
 from mixllm_compiler.evaluation.measure import Quality, compare, kl_ratio
-from mixllm_compiler.evaluation.text import Windows, read_windows
+from mixllm_compiler.evaluation.text import Windows, cut_windows
 from mixllm_compiler.formats.bits import true_bits
 from mixllm_compiler.formats.neutral import QuantizedWeight
 from mixllm_compiler.formats.row_format import WIDTHS
@@ -48,6 +49,7 @@ PAPER_BITS = "the paper's bits"
 FOLDED = "fold-rotation"
 OWN_TEXT = "its own text"  # as a rewriting: the same model, calibrated on what it writes
 _OWN_SEQUENCES = 64
+_BETWEEN_DOCUMENTS = "\n\n\n"
 RAW = {"family": "asym", "rotate": 0, "widths": (4, 8)}
 PAPER_SCORES = {"kind": "paper", "sequences": 64, **RAW}
 
@@ -136,8 +138,7 @@ class Lab:
         torch.set_num_threads(args.threads)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        # Windows of running text, as the figures that these are compared with have them.
-        read = functools.partial(read_windows, tokenizer=tokenizer, begin=False)
+        read = functools.partial(_running_text, tokenizer=tokenizer)
         calibration = read(args.calibration, count=args.sequences, length=args.length).ids
         tests = {
             text: read(args.texts / f"{text}.txt", count=count, length=args.window)
@@ -213,20 +214,22 @@ class Lab:
 
     def simulated(self, weights: Mapping[str, QuantizedWeight], mode: str) -> PreTrainedModel:
         """The model in float arithmetic on dequantized numbers; a bar compares the compiled one."""
-        model = copy.deepcopy(self.model)
-        for name, weight in weights.items():
-            parent, _, leaf = name.rpartition(".")
-            bias = getattr(model.get_submodule(name), "bias", None)
-            setattr(model.get_submodule(parent), leaf, _Simulated(weight, bias, mode))
-        return model
+        return self._with_linears(weights, lambda weight, bias: _Simulated(weight, bias, mode))
 
     def packed(self, weights: Mapping[str, QuantizedWeight], mode: str) -> PreTrainedModel:
         """The model with packed linears, as `mixllm_compiler.quantize` leaves it."""
+        return self._with_linears(weights, lambda weight, bias: PackedLinear(weight, bias, mode))
+
+    def _with_linears(
+        self,
+        weights: Mapping[str, QuantizedWeight],
+        make: Callable[[QuantizedWeight, Tensor | None], nn.Module],
+    ) -> PreTrainedModel:
+        """A copy of the model with other modules in place of its linears."""
         model = copy.deepcopy(self.model)
         for name, weight in weights.items():
-            parent, _, leaf = name.rpartition(".")
             bias = getattr(model.get_submodule(name), "bias", None)
-            setattr(model.get_submodule(parent), leaf, PackedLinear(weight, bias, mode))
+            model.set_submodule(name, make(weight, bias))
         return model
 
     def run(self, case: Case) -> Line:
@@ -307,6 +310,13 @@ class Lab:
         self.console.log(f"{what} [{time.perf_counter() - started:.1f} s]")
 
 
+def _running_text(path: Path, tokenizer: Any, count: int, length: int) -> Windows:
+    """The first tokens of a file as it stands, blank characters around its documents included."""
+    documents = path.read_text(encoding="utf-8").split(_BETWEEN_DOCUMENTS)
+    kept = [document for document in documents if document.strip()]
+    return cut_windows(kept, tokenizer, count=count, length=length, begin=False, name=str(path))
+
+
 def _round_input(rotation: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """x through int8 and back, in the rotated basis."""
     (x,) = args
@@ -333,8 +343,13 @@ class _Simulated(nn.Module):
 _LAB: Lab | None = None
 
 
-def _open(args: argparse.Namespace) -> None:
+def _open(args: argparse.Namespace, started: Synchronized[int] | None = None) -> None:
+    """Make this process's lab; processes take turns in choosing among several GPUs."""
     global _LAB
+    if started is not None and args.device == "cuda":
+        with started.get_lock():
+            turn, started.value = started.value, started.value + 1
+        torch.cuda.set_device(turn % torch.cuda.device_count())
     _LAB = Lab.open(args)
 
 
@@ -354,7 +369,7 @@ def run_cases(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Line
         return {c.label: _run(c) for c in cases if time.perf_counter() < ends}
     found: dict[str, Line] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, context, _open, (args,)) as pool:
+    with ProcessPoolExecutor(args.workers, context, _open, (args, context.Value("i", 0))) as pool:
         futures = {pool.submit(_run, case): case for case in cases}
         left = None if math.isinf(ends) else max(0.0, ends - time.perf_counter())
         try:
@@ -391,7 +406,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, default=1024, help="tokens of each")
     add("--threads", type=int, default=2)
     add("--device", default="cpu", help="cpu or cuda")
-    add("--workers", type=int, default=1, help="processes that share the device")
+    add("--workers", type=int, default=1, help="processes that share the devices")
     add("--limit", type=float, default=math.inf, help="seconds, after which cases are left out")
     add("--quick", action="store_true", help="a few short windows; nothing is written")
 
