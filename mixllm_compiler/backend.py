@@ -58,19 +58,20 @@ def _compile(
     ctx = run_passes(graph, options)
     matrices = [m for m in graph.matrices.values() if m.widths is not None]
     baked = [m for m in graph.matrices.values() if m.attr]
-    for matrix in baked:
+    bound = {id(m.binding): m.binding for m in baked}.values()  # experts share one
+    for binding in bound:
         # Recompile when another tensor stands where a quantized weight stood.
-        if matrix.binding.source is not None:
-            compat.guard_identity(matrix.binding.source)
+        if binding.source is not None:
+            compat.guard_identity(binding.source)
     # A tied embedding still reads its table, and that one is never freed.
-    freed = [m for m in matrices if options.release and not m.binding.node.users]
-    for matrix in freed:
-        release(matrix.binding.tensor)
+    freed = [m.binding for m in matrices if options.release and not m.binding.node.users]
+    for binding in {id(b): b for b in freed}.values():
+        release(binding.tensor)
     keep = drop_unread_weights(graph)
     graph.refuse_released()
     # Under freezing, weights are attributes and have no source; Dynamo's debugging aids compile
     # clones of the weights, which have none either and are gone before the first call.
-    own = [m.binding for m in baked if m.binding.source or m.binding.node.op == "get_attr"]
+    own = [b for b in bound if b.source or b.node.op == "get_attr"]
     if own:
         compat.guard_check(
             freshness_check(binding.tensor for binding in own),

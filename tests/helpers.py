@@ -56,7 +56,7 @@ def causal_lm(kind: str, layers: int = 2, seed: int = 0, **config: Any) -> Any:
     """A transformers model of the given architecture, with weights that are not all alike.
 
     Args:
-        kind: "llama", "qwen2", "mixtral", "gpt2" or "opt".
+        kind: "llama", "qwen2", "mixtral", "qwen2_moe", "gpt2" or "opt".
         config: fields of its configuration.
     """
     import transformers
@@ -74,8 +74,12 @@ def causal_lm(kind: str, layers: int = 2, seed: int = 0, **config: Any) -> Any:
     elif kind == "opt":
         sizes |= {"ffn_dim": 2 * HIDDEN, "word_embed_proj_dim": HIDDEN}
         del sizes["intermediate_size"], sizes["num_key_value_heads"]
+    elif kind == "qwen2_moe":
+        sizes |= {"moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN}
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     names = {"llama": "Llama", "qwen2": "Qwen2", "mixtral": "Mixtral", "gpt2": "GPT2", "opt": "OPT"}
+    names |= {"qwen2_moe": "Qwen2Moe"}
     settings = getattr(transformers, names[kind] + "Config")(**{**sizes, **config})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(settings).eval()

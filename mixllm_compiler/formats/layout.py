@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -63,6 +63,25 @@ class Layout:
             OptionError: the text is no layout.
         """
         return _parse(text)
+
+    @classmethod
+    def parse_all(cls, text: str) -> tuple[Layout, ...]:
+        """Inverse of `join_layouts`; cached, too.
+
+        Raises:
+            OptionError: a part of the text is no layout.
+        """
+        return _parse_all(text)
+
+
+def join_layouts(layouts: Iterable[Layout]) -> str:
+    """Layouts as one text, for ops that read several blobs."""
+    return "; ".join(map(str, layouts))
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_all(text: str) -> tuple[Layout, ...]:
+    return tuple(map(_parse, text.split("; ")))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -28,6 +28,32 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
+class GroupedSite:
+    """One product of sorted rows with a stack of constant matrices (`ir.experts`).
+
+    Attributes:
+        matrices: names in `MixGraph.matrices`, in the order of the experts.
+        module: path of the calling module, "" if there is none.
+        n, k: output and input features of each.
+        kept_float: why this product is not quantized, "" if it is.
+    """
+
+    matrices: tuple[str, ...]
+    module: str
+    n: int
+    k: int
+    kept_float: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """The op that a product with a stack of matrices became."""
+
+    matrices: tuple[str, ...]
+    kernel: str = "reference"
+
+
+@dataclass(frozen=True)
 class QuantizedSite:
     """One of the ops that a linear became."""
 
@@ -36,7 +62,9 @@ class QuantizedSite:
     kernel: str = "reference"
 
 
-def annotate(node: fx.Node, record: LinearSite | QuantizedSite) -> None:
+def annotate(
+    node: fx.Node, record: LinearSite | GroupedSite | QuantizedSite | QuantizedExperts
+) -> None:
     """Attach a record to a node, replacing the one before."""
     node.meta[META_KEY] = record
 
@@ -45,6 +73,18 @@ def site_of(node: fx.Node) -> LinearSite | None:
     """The linear that this node is, if it is one of a constant matrix."""
     record = node.meta.get(META_KEY)
     return record if isinstance(record, LinearSite) else None
+
+
+def grouped_of(node: fx.Node) -> GroupedSite | None:
+    """The product with a stack of constant matrices that this node is, if it is one."""
+    record = node.meta.get(META_KEY)
+    return record if isinstance(record, GroupedSite) else None
+
+
+def quantized_experts_of(node: fx.Node) -> QuantizedExperts | None:
+    """The quantized product with a stack of matrices that this node is, if it is one."""
+    record = node.meta.get(META_KEY)
+    return record if isinstance(record, QuantizedExperts) else None
 
 
 def quantized_of(node: fx.Node) -> QuantizedSite | None:

@@ -15,7 +15,7 @@ from ..errors import WeightError
 from ..formats.layout import Layout, PackedWeight
 from ..transforms.hadamard import block_hadamard
 from . import ops
-from .annotations import LinearSite, annotate, quantized_of, site_of
+from .annotations import GroupedSite, LinearSite, annotate, grouped_of, quantized_of, site_of
 
 CARRIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "example_value")
 
@@ -38,6 +38,7 @@ class Matrix:
         name: module path of its first use, or the weight's own name.
         binding: the float parameter (for a `PackedLinear`, its packed buffer).
         transposed: whether the parameter is stored [K, N] (transformers' Conv1D).
+        expert: which slice of a parameter [E, N, K] (or [E, K, N]) this is; None for a whole one.
         kept_float: why it is not quantized, "" if it is.
         transform: applied along K before quantizing, e.g. "hadamard:128".
         losses: fp32 [N, F] expected loss per row and candidate format (`annotate-salience`).
@@ -52,6 +53,7 @@ class Matrix:
     n: int
     k: int
     transposed: bool = False
+    expert: int | None = None
     kept_float: str = ""
     transform: str = ""
     losses: Tensor | None = None
@@ -61,6 +63,11 @@ class Matrix:
     kernel: str = ""
     packing: str = ""
 
+    @property
+    def parameter(self) -> str:
+        """What holds its values, for people."""
+        return self.binding.name if self.expert is None else self.name
+
     def stored(self) -> Tensor:
         """The float matrix [N, K] as the checkpoint has it.
 
@@ -68,6 +75,8 @@ class Matrix:
             WeightError: the storage was released.
         """
         w = readable(self.binding)
+        if self.expert is not None:
+            w = w[self.expert]
         return w.t() if self.transposed else w
 
     def checked(self) -> Tensor:
@@ -80,7 +89,7 @@ class Matrix:
         if not bool(torch.isfinite(w).all()):
             bad = int((~torch.isfinite(w)).sum())
             raise WeightError(
-                f"{self.binding.name} has {bad} values that are NaN or infinite; "
+                f"{self.parameter} has {bad} values that are NaN or infinite; "
                 "repair the checkpoint, or exclude this matrix with options={'exclude': [...]}"
             )
         return w
@@ -149,9 +158,16 @@ class MixGraph:
         """Linears that will be quantized."""
         return ((node, site) for node, site in self.linears() if not site.kept_float)
 
+    def grouped_sites(self) -> Iterator[tuple[fx.Node, GroupedSite]]:
+        """Products with stacks of matrices that will be quantized, in graph order."""
+        for node in self.graph.nodes:
+            if (site := grouped_of(node)) is not None and not site.kept_float:
+                yield node, site
+
     def active(self) -> list[Matrix]:
         """Matrices that will be quantized and still are float, in order of first use."""
         used = {site.matrix for _, site in self.sites()}
+        used.update(name for _, site in self.grouped_sites() for name in site.matrices)
         return [m for name, m in self.matrices.items() if name in used]
 
     def calls(self, *targets: Any) -> list[fx.Node]:
@@ -218,10 +234,11 @@ class MixGraph:
         self.graph.erase_node(node)
 
     def _erase_unused_view(self, node: fx.Node) -> None:
-        """Erase a pure view of a weight that lost its last user. Never general dead-code
+        """Erase a rotation or a view of a weight that lost its last user. Never general dead-code
         elimination: Dynamo's graph holds in-place writes that have no users (static KV caches).
         """
-        if node.users or self.weight_binding(node) is None or node in self.bindings:
+        pure = node.target is ops.HADAMARD or self.weight_binding(node) is not None
+        if node.users or not pure or node in self.bindings:
             return
         operands = list(node.all_input_nodes)
         self.graph.erase_node(node)
@@ -274,12 +291,12 @@ class MixGraph:
 
 
 def is_weight_view(node: fx.Node) -> bool:
-    """A 2-D transpose or a transform along K, as passes put them on weights."""
+    """A transpose of a matrix or a transform along K, as passes put them on weights."""
     return node.target is ops.HADAMARD or is_transpose(node)
 
 
 def is_transpose(node: fx.Node) -> bool:
-    """Whether a node swaps the two dimensions of a matrix, however it is spelled."""
+    """Whether a node swaps the last two dimensions of a weight, however it is spelled."""
     dims: tuple[Any, ...] = node.args[1:]
     if node.op == "call_function" and node.target is getattr:
         return dims in (("T",), ("mT",))

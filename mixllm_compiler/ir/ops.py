@@ -7,10 +7,15 @@ A linear y = x Wᵀ + b becomes
     acc = mixed_gemm(codes, scales, sums, packed, layout)   packed row order
     y = dequantize(acc, scales, sums, packed, layout, bias, dtype)   model row order
 
+and a product of sorted rows with the matrices of many experts is one op (`ir.experts`)
+
+    y = grouped_linear(x, offsets, packed, layouts, mode, group, hadamard, dtype)
+
 Shapes: x [..., K]; codes int8 [..., K'] with K' = K rounded up to whole groups; scales fp32
 [..., G] in mode "group", [..., 1] in mode "token"; sums int32 [..., G], the sum of each group's
 codes; acc [..., N], int32 for two-level rows in mode "token", else fp32; y [..., N]. `packed` is
-one u8 blob, `layout` the text of its `formats.layout.Layout`.
+one u8 blob, `layout` the text of its `formats.layout.Layout`. For experts x is [S, K], offsets int
+[E], y [S, N]; `packed` is a list of E blobs, `layouts` the texts of theirs.
 
 Ops are defined with `Library.define` and one implementation per device: 2.5 µs a call where
 `custom_op` takes 6 to 9.
@@ -46,6 +51,11 @@ library.define(
     "dequantize(Tensor acc, Tensor scales, Tensor sums, Tensor packed, str layout, Tensor? bias,"
     " ScalarType dtype) -> Tensor"
 )
+library.define(
+    "grouped_linear(Tensor x, Tensor offsets, Tensor[] packed, str layouts, str mode, int group,"
+    " int hadamard, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # the reference reads the offsets on the CPU
+)
 
 
 def _exact(kernel: Callable[P, R]) -> Callable[P, R]:
@@ -68,6 +78,7 @@ for _kernel in (
     reference.quantize_activation,
     reference.mixed_gemm,
     reference.dequantize,
+    reference.grouped_linear,
 ):
     library.impl(_kernel.__name__, _exact(_kernel), "CompositeExplicitAutograd")
 
@@ -108,8 +119,23 @@ def _(
     return acc.new_empty(acc.shape, dtype=dtype)
 
 
+@torch.library.register_fake("mixllm::grouped_linear", lib=library)
+def _(
+    x: Tensor,
+    offsets: Tensor,
+    packed: list[Tensor],
+    layouts: str,
+    mode: str,
+    group: int,
+    hadamard: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((x.shape[0], Layout.parse_all(layouts)[0].n), dtype=dtype)
+
+
 HADAMARD = torch.ops.mixllm.hadamard.default
 QUANTIZE_ACTIVATION = torch.ops.mixllm.quantize_activation.default
 MIXED_GEMM = torch.ops.mixllm.mixed_gemm.default
 DEQUANTIZE = torch.ops.mixllm.dequantize.default
-SEMANTIC = (HADAMARD, QUANTIZE_ACTIVATION, MIXED_GEMM, DEQUANTIZE)
+GROUPED_LINEAR = torch.ops.mixllm.grouped_linear.default
+SEMANTIC = (HADAMARD, QUANTIZE_ACTIVATION, MIXED_GEMM, DEQUANTIZE, GROUPED_LINEAR)

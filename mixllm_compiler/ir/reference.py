@@ -151,3 +151,38 @@ def dequantize(
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)
+
+
+def grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    packed: list[Tensor],
+    layouts: str,
+    mode: str,
+    group: int,
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y [S, N]: rows offsets[e − 1] to offsets[e] of x through the linear of expert e.
+
+    Rows from the last offset on belong to no expert and become zero.
+
+    Args:
+        x: [S, K].
+        offsets: integers [E], ascending.
+        packed, layouts: a blob of every expert, and the texts of their layouts.
+        mode, group: of `quantize_activation`.
+        block: of the Hadamard transform of x, 0 for none.
+    """
+    specs = Layout.parse_all(layouts)
+    y = torch.zeros(x.shape[0], specs[0].n, dtype=dtype, device=x.device)
+    start = 0
+    for end, blob, spec in zip(offsets.tolist(), packed, specs, strict=True):
+        if end > start:
+            rows = x[start:end]
+            rows = hadamard(rows, block) if block else rows
+            codes, scales, sums = quantize_activation(rows, mode, group)
+            acc = mixed_gemm(codes, scales, sums, blob, str(spec))
+            y[start:end] = dequantize(acc, scales, sums, blob, str(spec), None, dtype)
+        start = end
+    return y

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .annotations import quantized_of, site_of
+from .annotations import grouped_of, quantized_experts_of, quantized_of, site_of
 from .graph import Matrix, MixGraph
 
 
@@ -93,16 +93,29 @@ def _comment(graph: MixGraph, node: fx.Node) -> str:
     if site is not None:
         matrix = graph.matrices[site.matrix]
         parts.append(f"{site.matrix} [{site.n}×{site.k}]")
-        parts.append(f"float: {site.kept_float}" if site.kept_float else _widths(matrix))
+        parts.append(f"float: {site.kept_float}" if site.kept_float else _widths([matrix]))
     elif quantized is not None and quantized.role in ("mixed_gemm", "linear"):
         parts.append(quantized.matrix)
         if quantized.kernel != "reference":
             parts.append(quantized.kernel)
+    grouped, experts = grouped_of(node), quantized_experts_of(node)
+    if grouped is not None:
+        parts.append(f"{_first_to_last(grouped.matrices)} [{grouped.n}×{grouped.k}]")
+        matrices = [graph.matrices[name] for name in grouped.matrices]
+        why = grouped.kept_float
+        parts.append(f"float: {why}" if why else _widths(matrices))
+    elif experts is not None:
+        parts.append(_first_to_last(experts.matrices))
     return " · ".join(p for p in parts if p)
 
 
-def _widths(matrix: Matrix) -> str:
-    if matrix.widths is None:
-        return "scored" if matrix.losses is not None else ""
-    rows = torch.bincount(matrix.widths.long()).tolist()
+def _first_to_last(names: tuple[str, ...]) -> str:
+    return f"{names[0]} to {names[-1].rpartition('.')[2]}"
+
+
+def _widths(matrices: list[Matrix]) -> str:
+    widths = [m.widths for m in matrices if m.widths is not None]
+    if not widths:
+        return "scored" if matrices[0].losses is not None else ""
+    rows = torch.bincount(torch.cat(widths).long()).tolist()
     return " ".join(f"w{b}:{n}" for b, n in enumerate(rows) if n)

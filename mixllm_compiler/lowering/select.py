@@ -64,10 +64,13 @@ def _everything(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -
     return None
 
 
+REFERENCE = "reference"
+"""The definition itself: it runs everything, everywhere."""
+
 LOWERINGS = {
     lowering.name: lowering
     for lowering in (
-        Lowering("reference", 0, "plain.v1", "", _everything, "decompose"),
+        Lowering(REFERENCE, 0, "plain.v1", "", _everything, "decompose"),
         Lowering("triton", 10, tiles.NAME, generate.VERSION, support.reason, "kernel"),
     )
 }

@@ -21,6 +21,7 @@ from ..ir.annotations import LinearSite, QuantizedSite, annotate
 from ..ir.graph import Binding, Matrix, MixGraph
 from .base import Changes, Pass
 from .canonicalize_linears import LINEAR
+from .experts import Experts
 
 if TYPE_CHECKING:
     from ..allocation.plan import Plan
@@ -31,12 +32,6 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FROM_LINEAR_TO_OUTPUT = {
     *("getitem", "view", "reshape", "flatten", "unflatten", "transpose", "squeeze", "unsqueeze"),
     *("float", "to", "contiguous", "type_as", "clone"),
-}
-
-
-_FROM_WEIGHT_TO_PRODUCT = {
-    *("transpose", "permute", "getattr", "getitem", "index_select", "select", "unbind", "to"),
-    *("contiguous", "unsqueeze", "reshape", "view", "expand"),
 }
 
 
@@ -51,8 +46,11 @@ class AnnotateLinears(Pass):
         self._by_weight: dict[tuple[int, bool], Matrix] = {}
         _refuse_quantized(graph)
         heads = _head_linears(graph)
-        for node in graph.calls(LINEAR):
-            binding = graph.weight_binding(node.args[1])
+        experts = Experts(graph, lambda matrix: self._reason(matrix, False, ctx))
+        for node in graph.graph.nodes:
+            for name, what in experts.annotate(node):
+                changes.add(name, what)
+            binding = graph.weight_binding(node.args[1]) if node.target is LINEAR else None
             if binding is None or binding.tensor.dim() != 2:
                 continue
             matrix = self._matrix(graph, node, binding)
@@ -61,9 +59,9 @@ class AnnotateLinears(Pass):
             site = LinearSite(matrix.name, module_path(node), matrix.n, matrix.k, matrix.kept_float)
             annotate(node, site)
             changes.add(matrix.name, matrix.kept_float or f"[{matrix.n}×{matrix.k}]")
-        for name, experts in _experts(graph).items():
-            graph.matrices[name] = experts
-            changes.add(name, experts.kept_float)
+        for name, matrix in experts.others().items():
+            graph.matrices[name] = matrix
+            changes.add(name, matrix.kept_float)
         _bind_packed(graph)
         _check_patterns(graph, ctx)
         _refuse_if_there_are_none(graph, ctx)
@@ -94,7 +92,7 @@ class AnnotateLinears(Pass):
         options, dtype = ctx.options, matrix.binding.tensor.dtype
         if dtype not in _FLOATS:
             raise UnsupportedModel(
-                f"{matrix.binding.name} is {str(dtype).removeprefix('torch.')}; linears are "
+                f"{matrix.parameter} is {str(dtype).removeprefix('torch.')}; linears are "
                 "quantized from float32, bfloat16 or float16: convert the model first"
             )
         planned = None if ctx.plan is None else planned_name(ctx.plan, matrix.name)
@@ -114,9 +112,9 @@ class AnnotateLinears(Pass):
 
 def planned_name(plan: Plan, name: str) -> str | None:
     """What a plan calls this matrix: its name, or its name behind a prefix either side has."""
-    known = (*plan.sites, *plan.float_sites)
-    if name in known:
+    if name in plan.sites or name in plan.float_sites:
         return name
+    known = (*plan.sites, *plan.float_sites)
     near = (k for k in known if k.endswith("." + name) or name.endswith("." + k))
     return next(near, None)
 
@@ -151,29 +149,6 @@ def _only_leaves(node: fx.Node) -> bool:
         if user.op != "output" and not (name in _FROM_LINEAR_TO_OUTPUT and _only_leaves(user)):
             return False
     return bool(node.users)
-
-
-def _experts(graph: MixGraph) -> dict[str, Matrix]:
-    """Fused expert weights [E, ., .]: recognized, and float until their kernels exist."""
-    found = {}
-    for node, binding in graph.bindings.items():
-        fused = isinstance(binding.tensor, torch.nn.Parameter) and binding.tensor.dim() == 3
-        if fused and _is_multiplied(node) and binding.tensor.dtype in _FLOATS:
-            _, n, k = binding.tensor.shape
-            reason = f"fused expert weights {tuple(binding.tensor.shape)}: no kernel for them yet"
-            found[binding.name] = Matrix(binding.name, binding, n, k, kept_float=reason)
-    return found
-
-
-def _is_multiplied(node: fx.Node) -> bool:
-    """Whether matrix products read it, through views and gathers; convolutions are none."""
-    for user in node.users:
-        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-        if any(word in str(name) for word in ("mm", "matmul", "einsum", "linear")):
-            return True
-        if name in _FROM_WEIGHT_TO_PRODUCT and _is_multiplied(user):
-            return True
-    return False
 
 
 def _bind_packed(graph: MixGraph) -> None:

@@ -21,7 +21,8 @@ from ..capture import capture
 from ..formats.layout import unpack
 from ..frames import own_frame
 from ..ir import reference
-from ..ir.annotations import LinearSite
+from ..ir.annotations import GroupedSite, LinearSite
+from ..ir.experts import grouped_product
 from ..ir.graph import MixGraph
 from ..lowering.lowered import EXPANSIONS
 from ..options import Options
@@ -145,33 +146,47 @@ class _Snapshot:
         self.output = self.graph.graph_copy(graph.graph, mapping)
         self.graph.output(self.output)
         self.sites: dict[fx.Node, LinearSite] = {mapping[n]: s for n, s in graph.sites()}
+        self.experts: dict[fx.Node, GroupedSite] = {mapping[n]: s for n, s in graph.grouped_sites()}
 
     def run(self, graph: MixGraph, mode: str) -> list[Tensor]:
         """Its results with Ŵ and x̂ in place of W and x."""
-        sites = self.sites
+        sites, experts = self.sites, self.experts
 
         class Substituted(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                site = sites.get(n)
+                site, product = sites.get(n), grouped_product(n)
+                if n in experts and product is not None:
+                    x, offsets = self.env[product.x], self.env[product.offsets]
+                    return _substituted_experts(graph, experts[n], mode, x, offsets)
                 if site is None:
                     return super().run_node(n)
                 operands: Any = n.args
                 x, bias = self.env[operands[0]], self.env.get(operands[2])
-                return _substituted_linear(graph, site, mode, x, bias)
+                return _substituted_linear(graph, site.matrix, mode, x, bias)
 
         module = fx.GraphModule(graph.module, self.graph)
         return _tensors(Substituted(module, garbage_collect_values=False).run(*_own(graph.inputs)))
 
 
-def _substituted_linear(
-    graph: MixGraph, site: LinearSite, mode: str, x: Tensor, bias: Tensor | None
+def _substituted_experts(
+    graph: MixGraph, site: GroupedSite, mode: str, x: Tensor, offsets: Tensor
 ) -> Tensor:
-    packed = graph.matrices[site.matrix].packed
+    y, start = x.new_zeros(len(x), site.n), 0
+    for name, end in zip(site.matrices, offsets.tolist(), strict=True):
+        y[start:end] = _substituted_linear(graph, name, mode, x[start:end], None)
+        start = end
+    return y
+
+
+def _substituted_linear(
+    graph: MixGraph, name: str, mode: str, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    packed = graph.matrices[name].packed
     assert packed is not None
     group = packed.layout.group
     codes, scales, _ = reference.quantize_activation(x, mode, group)
     each = scales if mode == "token" else scales.repeat_interleave(group, -1)
-    quantized = (codes.double() * each.double())[..., : site.k]
+    quantized = (codes.double() * each.double())[..., : packed.layout.k]
     y = quantized @ unpack(packed).dequantize().t()
     if bias is not None:
         y = y + bias.double()

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..formats.layout import PackedWeight, pack, unpack
 from ..ir import ops
-from ..ir.annotations import quantized_of
+from ..ir.annotations import quantized_experts_of, quantized_of
 from ..ir.graph import Matrix, MixGraph
 from ..lowering import lowered
 from ..runtime.weights import CACHE, packing_key
@@ -30,8 +30,9 @@ class PackWeights(Pass):
 
     def run(self, graph: MixGraph, ctx: Context) -> Changes:
         changes = Changes()
+        by_matrix = _readers(graph)
         for matrix in graph.matrices.values():
-            readers = [n for n in graph.calls(*_LAYOUT_AT) if _is_reader(n, matrix)]
+            readers = by_matrix.get(matrix.name)
             if not readers or matrix.packed is None:
                 continue
             wanted = matrix.packing
@@ -79,6 +80,12 @@ class PackWeights(Pass):
                 graph.graph.erase_node(old)
 
 
-def _is_reader(node: fx.Node, matrix: Matrix) -> bool:
-    site = quantized_of(node)
-    return site is not None and site.matrix == matrix.name
+def _readers(graph: MixGraph) -> dict[str, list[fx.Node]]:
+    """Matrix → the ops that read its blob. Experts are packed for the reference from the start."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.calls(*_LAYOUT_AT, ops.GROUPED_LINEAR):
+        site, experts = quantized_of(node), quantized_experts_of(node)
+        names = (site.matrix,) if site is not None else experts.matrices if experts else ()
+        for name in names:
+            found.setdefault(name, []).append(node)
+    return found

@@ -1,4 +1,7 @@
-"""Replace each planned linear by quantize-activation, mixed GEMM and dequantize."""
+"""Replace each planned linear by quantize-activation, mixed GEMM and dequantize.
+
+A product with the matrices of many experts becomes one op.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..formats.layout import join_layouts
 from ..ir import ops
-from ..ir.annotations import LinearSite, QuantizedSite, annotate
+from ..ir.annotations import (
+    GroupedSite,
+    LinearSite,
+    QuantizedExperts,
+    QuantizedSite,
+    annotate,
+)
+from ..ir.experts import grouped_product
 from ..ir.graph import Matrix, MixGraph
 from .base import Changes, Pass
 
@@ -31,6 +42,11 @@ class RewriteLinears(Pass):
             mode = ctx.activation_mode
             graph.replace(node, lambda: _mixed_linear(graph, node, site, matrix, mode))
             changes.add(site.matrix, str(matrix.packed.layout))
+        for node, grouped in list(graph.grouped_sites()):
+            graph.replace(node, lambda: _grouped_linear(graph, node, grouped, ctx.activation_mode))
+            for name in grouped.matrices:
+                packed = graph.matrices[name].packed
+                changes.add(name, str(packed.layout) if packed is not None else "")
         return changes
 
 
@@ -60,6 +76,25 @@ def _mixed_linear(
     acc = op(ops.MIXED_GEMM, (codes, scales, sums, blob, str(layout)), "mixed_gemm")
     args = (acc, scales, sums, blob, str(layout), bias, output_dtype(node, matrix))
     return op(ops.DEQUANTIZE, args, "dequantize")
+
+
+def _grouped_linear(graph: MixGraph, node: fx.Node, site: GroupedSite, mode: str) -> fx.Node:
+    product = grouped_product(node)
+    assert product is not None
+    matrices = [graph.matrices[name] for name in site.matrices]
+    packed = [m.packed for m in matrices if m.packed is not None]
+    blobs = [graph.constant(matrix, own.blob) for matrix, own in zip(matrices, packed, strict=True)]
+    x: Any = product.x
+    block: Any = 0
+    if matrices[0].transform:  # the op turns its rows itself
+        assert x.target is ops.HADAMARD
+        x, block = x.args
+    layouts, group = join_layouts(p.layout for p in packed), packed[0].layout.group
+    dtype = output_dtype(node, matrices[0])
+    args = (x, product.offsets, blobs, layouts, mode, group, block, dtype)
+    new = graph.graph.call_function(ops.GROUPED_LINEAR, args)
+    annotate(new, QuantizedExperts(site.matrices))
+    return new
 
 
 def output_dtype(node: fx.Node, matrix: Matrix) -> torch.dtype:

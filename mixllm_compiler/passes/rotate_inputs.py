@@ -48,7 +48,30 @@ class RotateInputs(Pass):
             self._rotate(graph, node, site, block, rotated)
             graph.matrices[site.matrix].transform = f"hadamard:{block}"
             changes.add(site.matrix, f"input in Hadamard blocks of {block}")
+        for node, grouped in list(graph.grouped_sites()):
+            first, block = grouped.matrices[0], block_for(grouped.k, wanted)
+            if not block:
+                why = f"not rotated: no power of two ≥ 32 divides K = {grouped.k}"
+                changes.add(first, f"and all experts beside it {why}")
+                continue
+            self._rotate_experts(graph, node, block)
+            for name in grouped.matrices:
+                graph.matrices[name].transform = f"hadamard:{block}"
+                changes.add(name, f"input in Hadamard blocks of {block}")
         return changes
+
+    @staticmethod
+    def _rotate_experts(graph: MixGraph, node: fx.Node, block: int) -> None:
+        """Rotate what a product with experts reads, and its weights [E, K, N] along K."""
+        x, weight = node.args[:2]
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        with graph.graph.inserting_before(node):
+            turned = graph.graph.call_function(ops.HADAMARD, (x, block))
+            turned.meta.update({k: v for k, v in x.meta.items() if k == "example_value"})
+            rows = graph.graph.call_method("transpose", (weight, -2, -1))
+            rows = graph.graph.call_function(ops.HADAMARD, (rows, block))
+            columns = graph.graph.call_method("transpose", (rows, -2, -1))
+        node.args = (turned, columns, *node.args[2:])
 
     @staticmethod
     def _rotate(

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..errors import LoweringError
 from ..ir import ops
-from ..ir.annotations import QuantizedSite, annotate, quantized_of
+from ..ir.annotations import QuantizedSite, annotate, quantized_experts_of, quantized_of
 from ..ir.graph import MixGraph, layout_of
 from ..lowering import lowered
-from ..lowering.select import KernelChoice, select
+from ..lowering.select import LOWERINGS, REFERENCE, KernelChoice, select
 from .base import Changes, Pass
 
 if TYPE_CHECKING:
@@ -48,6 +49,18 @@ class SelectKernels(Pass):
             why = f" ({'; '.join(choice.reasons)})" if choice.reasons else ""
             changes.add(site.matrix, f"{matrix.kernel}{why}")
         self._lower_quantizers(graph)
+        for node in graph.calls(ops.GROUPED_LINEAR):
+            experts = quantized_experts_of(node)
+            names = experts.matrices if experts is not None else ()
+            if ctx.options.kernels not in (None, REFERENCE):
+                raise LoweringError(
+                    f"{ctx.options.kernels} has no kernel for products with experts, and this "
+                    "model has some; leave kernels out, or exclude them"
+                )
+            for name in names:
+                matrix = graph.matrices[name]
+                matrix.kernel, matrix.packing = REFERENCE, LOWERINGS[REFERENCE].packing
+                changes.add(name, f"{REFERENCE} (products with experts have no kernel yet)")
         return changes
 
     @staticmethod

@@ -11,7 +11,7 @@ import torch
 from .. import compat
 from ..formats.bits import resident_bits, true_bits
 from ..formats.layout import Layout, unpack
-from ..ir.annotations import quantized_of
+from ..ir.annotations import quantized_experts_of, quantized_of
 from ..ir.graph import Matrix, MixGraph
 from ..ir.text import render
 from ..lowering.cost import predict_float_seconds, predict_seconds
@@ -29,7 +29,7 @@ def summarize(graph: MixGraph, ctx: Context) -> GraphRecord:
     """The record of one compiled graph."""
     plan = ctx.plan
     return GraphRecord(
-        linears=tuple(_linear(graph, m, ctx.target) for m in graph.matrices.values()),
+        linears=_linears(graph, ctx.target),
         passes=tuple((r.name, r.stage, len(r.changes), r.seconds) for r in ctx.records),
         plan_digest=plan.digest if plan is not None else "",
         asked=plan.asked if plan is not None else "",
@@ -44,13 +44,19 @@ def summarize(graph: MixGraph, ctx: Context) -> GraphRecord:
     )
 
 
-def _linear(graph: MixGraph, matrix: Matrix, target: Target) -> LinearRecord:
+def _linears(graph: MixGraph, target: Target) -> tuple[LinearRecord, ...]:
+    tokens = _tokens(graph)
+    return tuple(_linear(m, tokens.get(m.name, 0), target) for m in graph.matrices.values())
+
+
+def _linear(matrix: Matrix, m: int, target: Target) -> LinearRecord:
+    """The record of one matrix that M tokens go through."""
     float_bits = 8 * matrix.binding.tensor.element_size()
     if matrix.packed is None:
         return LinearRecord(
             matrix.name, matrix.n, matrix.k, kept_float=matrix.kept_float, float_bits=float_bits
         )
-    layout, m = matrix.packed.layout, _tokens(graph, matrix)
+    layout = matrix.packed.layout
     return LinearRecord(
         matrix.name,
         matrix.n,
@@ -66,17 +72,25 @@ def _linear(graph: MixGraph, matrix: Matrix, target: Target) -> LinearRecord:
     )
 
 
-def _tokens(graph: MixGraph, matrix: Matrix) -> int:
-    """M of the first use of a matrix: rows of its output in this graph's example."""
+def _tokens(graph: MixGraph) -> dict[str, int]:
+    """Matrix → M of its first use: rows of its output in this graph's example.
+
+    Experts share the rows of their product; each is said to have the mean.
+    """
+    found: dict[str, int] = {}
     for node in graph.graph.nodes:
-        record, example = quantized_of(node), node.meta.get("example_value")
-        ours = record is not None and record.matrix == matrix.name
-        if ours and isinstance(example, torch.Tensor) and example.shape[-1] == matrix.n:
-            m = 1
-            for size in example.shape[:-1]:
-                m *= int(compat.hint(size) or 1)
-            return m
-    return 0
+        record, experts = quantized_of(node), quantized_experts_of(node)
+        example = node.meta.get("example_value")
+        names = experts.matrices if experts is not None else (record.matrix,) if record else ()
+        if not names or not isinstance(example, torch.Tensor):
+            continue
+        m = 1
+        for size in example.shape[:-1]:
+            m *= int(compat.hint(size) or 1)
+        for name in names:
+            if example.shape[-1] == graph.matrices[name].n:
+                found.setdefault(name, -(-m // len(names)))
+    return found
 
 
 def write_artifacts(folder: Path, graph: MixGraph, ctx: Context) -> None:

@@ -37,7 +37,7 @@ def packing_key(matrix: Matrix, group: int, family: str) -> tuple[Hashable, ...]
     """What besides the float values decides a packed blob."""
     assert matrix.widths is not None
     rows = hashlib.sha256(matrix.widths.cpu().numpy().tobytes()).digest()
-    return (matrix.transposed, matrix.transform, group, family, rows)
+    return (matrix.transposed, matrix.expert, matrix.transform, group, family, rows)
 
 
 @dataclass

@@ -43,7 +43,7 @@ def block_ends(graph: fx.Graph) -> list[fx.Node]:
 
 
 def segments_within(
-    graph: fx.Graph, probes: Mapping[fx.Node, Probe], spec: ScoreSpec
+    graph: fx.Graph, probes: Mapping[fx.Node, Sequence[Probe]], spec: ScoreSpec
 ) -> list[Segment]:
     """Blocks joined into as few segments as the budget allows, one if all fit.
 
@@ -64,12 +64,14 @@ def segments_within(
     return cut(graph, kept)
 
 
-def segment_bytes(segment: Segment, probes: Mapping[fx.Node, Probe], spec: ScoreSpec) -> int:
+def segment_bytes(
+    segment: Segment, probes: Mapping[fx.Node, Sequence[Probe]], spec: ScoreSpec
+) -> int:
     """What a segment holds while gradients flow through it: activations and sums, roughly."""
     activations = sum(_bytes(node) for node in segment.nodes)
-    inside = [probes[n] for n in segment.nodes if n in probes]
+    inside = [probe for n in segment.nodes for probe in probes.get(n, ())]
     if spec.kind in FACTORED_KINDS:
-        return activations + sum(4 * k * k for k in {p.x: p.matrix.k for p in inside}.values())
+        return activations + sum(4 * k * k for k in {p.input: p.matrix.k for p in inside}.values())
     weights = {p.matrix.name: p.matrix.n * p.matrix.k for p in inside}
     return activations + 4 * len(spec.formats) * sum(weights.values())
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..errors import UnsupportedModel
-from .probes import Probe
+from .probes import Probe, Use
 from .replay import Replay, Values
 from .supervision import Supervision, chunks, generator_of, probabilities, supervise
 
@@ -29,7 +29,7 @@ class ForwardOnly(Replay):
     """A scoring run that takes Σ_t δ² from changes of the output."""
 
     noise: tuple[Probe, Tensor, torch.Generator] | None = None
-    energy: dict[fx.Node, Tensor] | None = None
+    energy: dict[Use, Tensor] | None = None
     recording = False
 
     def run_forward(self) -> None:
@@ -40,8 +40,8 @@ class ForwardOnly(Replay):
 
     def result(self, probe: Probe, y: Tensor) -> Tensor:
         if self.recording and self.energy is not None:
-            self.energy[probe.node] = y.flatten(0, -2).float().square().mean(0)
-        if self.noise is not None and self.noise[0].node is probe.node:
+            self.energy[probe.use] = y.flatten(0, -2).float().square().mean(0)
+        if self.noise is not None and self.noise[0].use == probe.use:
             _, scale, generator = self.noise
             signs = torch.rand(y.shape, generator=generator, device=y.device) < 0.5
             return y + torch.where(signs, scale, -scale).to(y.dtype)
@@ -105,8 +105,8 @@ class ForwardOnly(Replay):
         """(segment, linear, rows of like energy, amplitude of their noise)."""
         assert self.energy is not None
         for i, segment in enumerate(self.segments):
-            for probe in (self.probes[n] for n in segment.nodes if n in self.probes):
-                energy = self.energy[probe.node]
+            for probe in self.inside(segment):
+                energy = self.energy[probe.use]
                 for rows in energy.argsort().tensor_split(min(GROUPS, len(energy))):
                     amplitude = NOISE * float(energy[rows].mean().sqrt())
                     if amplitude > 0:  # rows that are always zero stay without curvature
@@ -117,13 +117,13 @@ class ForwardOnly(Replay):
         groups: list[tuple[int, Probe, Tensor, float]],
         sums: dict[int, float],
         turns: list[list[int]],
-    ) -> dict[fx.Node, Tensor]:
+    ) -> dict[Use, Tensor]:
         """fp32 [N] E[δ²] per linear."""
         counts = [sum(index in turn for turn in turns) for index in range(len(groups))]
-        found: dict[fx.Node, Tensor] = {}
+        found: dict[Use, Tensor] = {}
         for index, (_, probe, rows, _) in enumerate(groups):
             rest = torch.zeros(probe.matrix.n, device=rows.device)
-            found.setdefault(probe.node, rest)[rows] = sums[index] / counts[index]
+            found.setdefault(probe.use, rest)[rows] = sums[index] / counts[index]
         return found
 
     def supervised(self, values: Values, b: int) -> Supervision:
@@ -131,9 +131,9 @@ class ForwardOnly(Replay):
 
     def finish(self, i: int) -> None:
         tokens = float(self.weights.sum())
-        for node in self.segments[i].nodes:
-            if node in self.curvature:
-                self.statistics.add_squares(self.probes[node], self.curvature[node] * tokens)
+        for probe in self.inside(self.segments[i]):
+            if probe.use in self.curvature:
+                self.statistics.add_squares(probe, self.curvature[probe.use] * tokens)
         super().finish(i)
 
 

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..ir import ops
 from ..ir.graph import Matrix, MixGraph
 from .supervision import LossInputs
+
+Use = tuple[fx.Node, int | None]
+"""A node, and which expert of it if it is a product with many."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Probe:
     """One linear to score: its node, its matrix, and the value [..., K] that it reads.
 
     Attributes:
+        node: the linear, or the product that the matrix takes part in as an expert.
         x: the value before a rotation; the float function does not need it, so that statistics
             are taken there and rotated once.
         turned: rotations of the value and of the weight, to be left out of the run.
@@ -26,10 +31,20 @@ class Probe:
     x: fx.Node
     turned: tuple[fx.Node, ...] = ()
 
+    @property
+    def use(self) -> Use:
+        """This one use of the matrix."""
+        return self.node, self.matrix.expert
 
-def probes_of(graph: MixGraph) -> dict[fx.Node, Probe]:
-    """One probe per use of a matrix that will be quantized."""
-    probes = {}
+    @property
+    def input(self) -> Use:
+        """What it reads: a value that others may read too, or an expert's rows of one."""
+        return self.x, self.matrix.expert
+
+
+def probes_of(graph: MixGraph) -> dict[fx.Node, tuple[Probe, ...]]:
+    """One probe per use of a matrix that will be quantized, by node; experts share one."""
+    probes: dict[fx.Node, tuple[Probe, ...]] = {}
     for node, site in graph.sites():
         matrix, x, weight = graph.matrices[site.matrix], node.args[0], node.args[1]
         turned: tuple[fx.Node, ...] = ()
@@ -37,7 +52,15 @@ def probes_of(graph: MixGraph) -> dict[fx.Node, Probe]:
         if matrix.transform:
             assert isinstance(weight, fx.Node) and isinstance(x.args[0], fx.Node)
             turned, x = (x, weight), x.args[0]
-        probes[node] = Probe(node, matrix, x, turned)
+        probes[node] = (Probe(node, matrix, x, turned),)
+    for node, grouped in graph.grouped_sites():
+        matrices = [graph.matrices[name] for name in grouped.matrices]
+        x, weight, turned = node.args[0], node.args[1], ()
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        if matrices[0].transform:
+            turned = tuple(n for n in (x, *weight.all_input_nodes) if n.target is ops.HADAMARD)
+            x = x.all_input_nodes[0]
+        probes[node] = tuple(Probe(node, matrix, x, turned) for matrix in matrices)
     return probes
 
 
@@ -50,6 +73,8 @@ def siblings(graph: MixGraph) -> dict[str, str]:
         assert isinstance(x, fx.Node)
         # A matrix that is used at several places belongs to the first of them.
         found.setdefault(site.matrix, first.setdefault(x, found.get(site.matrix, site.matrix)))
+    # Experts read rows of their own: each is alone.
+    found |= {name: name for _, site in graph.grouped_sites() for name in site.matrices}
     return found
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..calibration.routing import Routing
 from ..calibration.segments import Segment, SegmentInterpreter
 from ..ir.graph import MixGraph, mutated_inputs
 from .blocks import segments_within
@@ -77,12 +78,17 @@ class Replay:
         self.sizes = [self.where.batch(values) for values in batches]
         self.firsts = [sum(self.sizes[:i]) for i in range(len(batches))]
         self.segments = segments_within(graph.graph, self.probes, spec)
-        self.statistics = Statistics(spec, self.probes.values())
+        every = [probe for found in self.probes.values() for probe in found]
+        self.statistics = Statistics(spec, every)
         self.writes = any(mutated_inputs(n) for n in graph.graph.nodes)
         override: dict[fx.Node, Callable[..., Any]] = {
-            turned: _unchanged for probe in self.probes.values() for turned in probe.turned
+            turned: _unchanged for probe in every for turned in probe.turned
         }
-        override |= {node: self._linear(probe) for node, probe in self.probes.items()}
+        self.routing = Routing(node for node, _ in graph.grouped_sites())
+        override |= self.routing.override
+        for node, found in self.probes.items():
+            alone = found[0].matrix.expert is None
+            override[node] = self._linear(found[0]) if alone else self._experts(node, found)
         self.head = _head(graph, self.where) if spec.kind in GRADIENT_KINDS else None
         self.head_call: tuple[Tensor, Tensor, Tensor | None] | None = None
         if self.head is not None:
@@ -151,9 +157,12 @@ class Replay:
 
     def finish(self, i: int) -> None:
         """Scores of the linears of segment i, all of whose sums are complete."""
-        inside = [self.probes[n] for n in self.segments[i].nodes if n in self.probes]
         with torch.no_grad():
-            self.statistics.finish(inside, self.weights)
+            self.statistics.finish(self.inside(self.segments[i]), self.weights)
+
+    def inside(self, segment: Segment) -> list[Probe]:
+        """The linears of a segment."""
+        return [probe for node in segment.nodes for probe in self.probes.get(node, ())]
 
     def _forward(self, i: int, segment: Segment, b: int) -> None:
         self.at = b
@@ -227,7 +236,8 @@ class Replay:
         """The gradient at the head's input [B, T', K], and the head's own statistics."""
         self.head_call = None
         gradient, kept = torch.zeros_like(x), x.detach()
-        probe = None if self.head is None else self.probes.get(self.head)
+        found_head = self.probes.get(self.head) if self.head is not None else None
+        probe = found_head[0] if found_head is not None else None
         if probe is not None:
             self.statistics.add_input(probe, kept, found.weights > 0)
         for piece in token_gradients(
@@ -262,6 +272,46 @@ class Replay:
             return y
 
         return linear
+
+    def _experts(self, node: fx.Node, probes: tuple[Probe, ...]) -> Callable[..., Tensor]:
+        """The product of `ir.experts`, an expert at a time."""
+
+        def product(x: Tensor, weight: Tensor, offs: Tensor, **_: Any) -> Tensor:
+            rows = self.routing.rows(node, offs)
+            pairs = list(zip(probes, rows.experts, strict=True))
+            parts = [self.result(p, x[at] @ weight[e]) for e, (p, at) in enumerate(pairs)]
+            rest = len(x) - sum(map(len, parts))  # rows of no expert
+            y = torch.cat((*parts, x.new_zeros(rest, weight.shape[-1])))
+            used = [(p, at) for p, at in pairs if at.start < at.stop]
+
+            def add_inputs(x: Tensor, batch: int) -> None:
+                reach = rows.of_tokens(self.reach[batch])
+                for probe, at in used:
+                    self.statistics.add_input(probe, x[at], None if reach is None else reach[at])
+
+            if not torch.is_grad_enabled():
+                if self.spec.kind in FORWARD_KINDS:
+                    add_inputs(x, self.at)
+                return y
+            if not y.requires_grad:
+                y = y.detach().requires_grad_()
+            kept, batch = x.detach(), self.at
+            kept = kept.clone() if self.writes else kept
+
+            def take(dy: Tensor) -> None:
+                first, size = self.firsts[batch], self.sizes[batch]
+                sequence = rows.sequences(size)
+                with torch.no_grad():
+                    add_inputs(kept, batch)
+                    for p, at in used:
+                        self.statistics.add_gradient(
+                            p, kept[at], dy[at], first, size, sequence=sequence[at]
+                        )
+
+            y.register_hook(take)
+            return y
+
+        return product
 
     def result(self, probe: Probe, y: Tensor) -> Tensor:
         """What a linear's output goes on as."""

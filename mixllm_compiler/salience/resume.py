@@ -79,7 +79,7 @@ class Checkpoint:
         run.weights, run.loss = tensors["weights"], document["loss"]
         segment = int(document["segment"])
         for done in run.segments[segment:]:
-            statistics.forget(run.probes[n] for n in done.nodes if n in run.probes)
+            statistics.forget(run.inside(done))
         nodes = {node.name: node for done in run.segments for node in done.outputs}
         for key, tensor in tensors.items():
             if key.startswith("changes of "):

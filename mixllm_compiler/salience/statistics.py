@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..calibration.moments import add_gram, whole
 from ..errors import UnsupportedModel
@@ -19,7 +19,7 @@ from ..formats.row_format import RowFormat
 from ..quantizers.rtn import rounding_error
 from ..transforms.hadamard import block_hadamard
 from .kinds import FACTORED_KINDS, ScoreSpec
-from .probes import Probe
+from .probes import Probe, Use
 
 _ROWS = 1 << 24  # weights that are rounded and multiplied with H at a time
 
@@ -40,30 +40,30 @@ class Statistics:
         self.squares: dict[str, Tensor] = {}
         self.factored = spec.kind in FACTORED_KINDS
         self._uses = Counter(p.matrix.name for p in probes)
-        self._moments: dict[fx.Node, Tensor] = {}
-        self._rows: Counter[fx.Node] = Counter()
-        self._of_use: dict[fx.Node, Tensor] = {}
+        self._moments: dict[Use, Tensor] = {}
+        self._rows: Counter[Use] = Counter()
+        self._of_use: dict[Use, Tensor] = {}
         self._changes: dict[str, dict[int, Tensor]] = {}
         self._deltas: dict[str, list[Tensor]] = {}
-        self._seen: set[fx.Node] = set()
+        self._seen: set[Use] = set()
 
     def start_batch(self) -> None:
         """A value read by several linears counts once in a batch."""
         self._seen.clear()
 
     def add_input(self, probe: Probe, x: Tensor, reach: Tensor | None) -> None:
-        """H += xᵀx over the rows of x [..., K] that the loss depends on."""
-        if probe.x in self._seen or not self.factored:
+        """H += xᵀx over the rows of x [..., K] that the loss depends on, `reach` of each."""
+        if probe.input in self._seen or not self.factored:
             return
-        self._seen.add(probe.x)
+        self._seen.add(probe.input)
         x = x.flatten(0, -2)
         if reach is not None and reach.numel() == len(x) and not bool(reach.all()):
             x = x[reach.flatten().to(x.device)]
-        if probe.x not in self._moments:
+        if probe.input not in self._moments:
             k = x.shape[-1]
-            self._moments[probe.x] = torch.zeros(k, k, device=x.device)
-        add_gram(self._moments[probe.x], x.float())
-        self._rows[probe.x] += len(x)
+            self._moments[probe.input] = torch.zeros(k, k, device=x.device)
+        add_gram(self._moments[probe.input], x.float())
+        self._rows[probe.input] += len(x)
 
     def add_gradient(
         self,
@@ -73,11 +73,14 @@ class Statistics:
         first: int,
         batch: int,
         squares: Tensor | None = None,
+        sequence: Tensor | None = None,
     ) -> None:
         """Take δ = dy [..., N] of `batch` sequences from `first` on, x [..., K].
 
         Args:
             squares: fp32 [N] Σ_t δ_t², where it is known better than from this one draw.
+            sequence: int64 [rows], the sequence of each row, from 0 on; by default the rows are
+                equally many of every sequence, one after the other.
 
         Raises:
             UnsupportedModel: the gradient is not finite.
@@ -99,8 +102,10 @@ class Statistics:
             z = F.linear(x, delta) * dy
             if self.spec.kind == "fisher-token":
                 parts.append(z.square().sum(0))
-            else:
+            elif sequence is None:
                 parts.append(z.reshape(batch, -1, z.shape[-1]).sum(1))
+            else:
+                parts.append(z.new_zeros(batch, z.shape[-1]).index_add_(0, sequence, z))
         found = torch.stack(parts, -1).double().cpu()
         if self.spec.kind == "fisher-token":
             self._add_loss(name, 0.5 * found)
@@ -113,7 +118,7 @@ class Statistics:
         """Σ_t δ_t² [N] of one use of a matrix."""
         name, squares = probe.matrix.name, squares.double().cpu()
         self.squares[name] = self.squares.get(name, 0) + squares
-        self._of_use[probe.node] = self._of_use.get(probe.node, 0) + squares
+        self._of_use[probe.use] = self._of_use.get(probe.use, 0) + squares
 
     def _delta(self, probe: Probe) -> list[Tensor]:
         """fp32 [N, K] per format, as the unrotated input sees it."""
@@ -162,7 +167,7 @@ class Statistics:
             h = block_hadamard(block_hadamard(h, block).t(), block)
         importance = h.diagonal().clone()
         for probe in group:
-            squares = self._of_use.pop(probe.node, None)
+            squares = self._of_use.pop(probe.use, None)
             if squares is None and self.spec.kind != "hessian":
                 continue
             w = probe.matrix.value().float()
@@ -203,8 +208,8 @@ def _unturned(probe: Probe, delta: Tensor) -> Tensor:
     return block_hadamard(delta, int(turn.removeprefix("hadamard:"))) if turn else delta
 
 
-def _by_input(probes: list[Probe]) -> Iterator[tuple[fx.Node, list[Probe]]]:
-    groups: dict[fx.Node, list[Probe]] = {}
+def _by_input(probes: list[Probe]) -> Iterator[tuple[Use, list[Probe]]]:
+    groups: dict[Use, list[Probe]] = {}
     for probe in probes:
-        groups.setdefault(probe.x, []).append(probe)
+        groups.setdefault(probe.input, []).append(probe)
     yield from groups.items()

@@ -165,4 +165,4 @@ def test_inspect_counts_the_bytes_of_all_experts(mixllm, tmp_path):
     (line,) = [line for line in shown.splitlines() if "gate_up_proj" in line]
     experts, layers = 8, 2
     assert f"{layers * experts * 512 * 128 * 4 / 1e6:.2f}" in line
-    assert "fused expert weights" in line
+    assert f" {layers * experts} " in line and "quantized" in line

@@ -15,9 +15,10 @@ from mixllm_compiler import backend
 from mixllm_compiler.allocation.plan import Plan
 from mixllm_compiler.formats.layout import Layout
 from mixllm_compiler.ir import ops
-from mixllm_compiler.ir.annotations import quantized_of
+from mixllm_compiler.ir.annotations import quantized_experts_of, quantized_of
 from mixllm_compiler.ir.graph import MixGraph
 from mixllm_compiler.quantizers.rtn import quantize_rtn
+from mixllm_compiler.transforms.hadamard import hadamard_matrix
 from tests.helpers import causal_lm, quantized_input
 
 ARCHITECTURES = {
@@ -29,12 +30,13 @@ ARCHITECTURES = {
 }
 LINEARS_PER_LAYER = {"llama": 7, "qwen2": 7, "gpt2": 4, "opt": 6, "untied": 7}
 LAYERS = 2
+MIXTURES = {"mixtral": {"num_local_experts": 4}, "qwen2_moe": {}}  # of experts
 
 
 def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """A tiny model of one of `ARCHITECTURES` (or "mixtral")."""
+    """A tiny model of one of `ARCHITECTURES` or `MIXTURES`."""
     architecture = "llama" if kind == "untied" else kind
-    settings = {**ARCHITECTURES.get(kind, {}), **config}
+    settings = {**ARCHITECTURES.get(kind, {}), **MIXTURES.get(kind, {}), **config}
     return causal_lm(architecture, LAYERS, seed, **settings).to(dtype)
 
 
@@ -50,6 +52,16 @@ def linear_modules(model: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
         elif type(module).__name__ == "Conv1D":
             found[name] = (module, *module.weight.shape[::-1])
     return found
+
+
+def experts(model: nn.Module) -> dict[str, Tensor]:
+    """Every expert: name → its matrix [N, K], by walking parameters."""
+    return {
+        f"{name}.{e}": w.detach()[e]
+        for name, w in model.named_parameters()
+        if w.dim() == 3
+        for e in range(len(w))
+    }
 
 
 @contextlib.contextmanager
@@ -70,13 +82,18 @@ def handed_over() -> Iterator[list[MixGraph]]:
 
 
 def mixed_ops(graph: MixGraph) -> dict[str, Layout]:
-    """Name of the matrix → layout, for every mixed GEMM of a graph."""
-    found = {}
+    """Name of the matrix → layout, for every mixed GEMM of a graph and every expert."""
+    found: dict[str, Layout] = {}
     for node in graph.module.graph.nodes:
         if node.target is ops.MIXED_GEMM:
             site = quantized_of(node)
             assert site is not None and site.matrix not in found
             found[site.matrix] = Layout.parse(node.args[4])
+        if node.target is ops.GROUPED_LINEAR:
+            many = quantized_experts_of(node)
+            assert many is not None and found.keys().isdisjoint(many.matrices)
+            layouts = Layout.parse_all(node.args[3])
+            found |= dict(zip(many.matrices, layouts, strict=True))
     return found
 
 
@@ -106,29 +123,85 @@ def kl(p: Tensor, q: Tensor) -> float:
 class OracleLinear(nn.Module):
     """y = x̂ Ŵᵀ + b in float64: Ŵ from the quantizer, x̂ from the formula, no packed blob."""
 
-    def __init__(self, module: Any, n: int, widths: Tensor, mode: str) -> None:
+    def __init__(self, module: Any, n: int, widths: Tensor, mode: str, block: int = 0) -> None:
         super().__init__()
         weight = module.weight.detach()
         weight = weight if isinstance(module, nn.Linear) else weight.t()
         assert weight.shape[0] == n
-        self.mode = mode
+        self.mode, self.block = mode, block
+        if block:
+            weight = (weight.double() @ turn(weight.shape[1], block)).float()
         self.exact = quantize_rtn(weight, widths).dequantize(torch.float64)
         self.bias = None if module.bias is None else module.bias.detach().double()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantized_input(x, self.mode) @ self.exact.t()
+        turned = x
+        if self.block:
+            turned = (x.double() @ turn(x.shape[-1], self.block)).to(x.dtype)
+        y = quantized_input(turned, self.mode) @ self.exact.t()
         return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class OracleExperts(nn.Module):
+    """Experts of transformers in float64, each for the tokens that chose it, from Ŵ and x̂."""
+
+    def __init__(self, module: Any, widths: dict[str, list[Tensor]], mode: str, block: int) -> None:
+        super().__init__()
+        self.mode, self.block, self.act_fn = mode, block, module.act_fn
+        self.exact: dict[str, list[Tensor]] = {}
+        for part, rows in widths.items():
+            stack = getattr(module, part).detach()
+            if block:
+                stack = (stack.double() @ turn(stack.shape[-1], block)).float()
+            self.exact[part] = [
+                quantize_rtn(w, own).dequantize(torch.float64)
+                for w, own in zip(stack, rows, strict=True)
+            ]
+
+    def product(self, x: Tensor, part: str, expert: int) -> Tensor:
+        if self.block:
+            x = (x.double() @ turn(x.shape[-1], self.block)).to(x.dtype)
+        return (quantized_input(x, self.mode) @ self.exact[part][expert].t()).to(x.dtype)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in range(len(self.exact["down_proj"])):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = self.product(x[token], "gate_up_proj", expert).chunk(2, -1)
+            out = self.product(self.act_fn(gate) * up, "down_proj", expert)
+            y[token] += out * weights[token, place, None]  # a token goes to an expert once
+        return y
+
+
+def turn(k: int, block: int) -> Tensor:
+    """The rotation of K inputs, float64."""
+    return torch.block_diag(*[hadamard_matrix(block)] * (k // block))
 
 
 def oracle_of(model: Any, plan: Plan) -> Any:
     """A copy of a float model with the planned modules replaced by the oracle's."""
     twin = copy.deepcopy(model)
-    homes = linear_modules(twin)
-    assert homes.keys() == plan.sites.keys() | plan.float_sites.keys()
-    for name in plan.sites:
+    homes, many = linear_modules(twin), experts(twin)
+    large = {name for name, (_, n, k) in homes.items() if min(n, k) >= 64}  # no gates
+    assert large | many.keys() == plan.sites.keys() | plan.float_sites.keys()
+    for name in {name.rpartition(".")[0].rpartition(".")[0] for name in many}:
+        parts = {
+            part: [
+                plan.sites[f"{name}.{part}.{e}"].widths
+                for e in range(len(twin.get_parameter(f"{name}.{part}")))
+            ]
+            for part in ("gate_up_proj", "down_proj")
+        }
+        parent, _, leaf = name.rpartition(".")
+        module = twin.get_submodule(name)
+        exact = OracleExperts(module, parts, plan.activation_mode, plan.rotation)
+        setattr(twin.get_submodule(parent), leaf, exact)
+    for name in plan.sites.keys() - many.keys():
         module, n, _ = homes[name]
         parent, _, leaf = name.rpartition(".")
-        exact = OracleLinear(module, n, plan.sites[name].widths, plan.activation_mode)
+        exact = OracleLinear(
+            module, n, plan.sites[name].widths, plan.activation_mode, plan.rotation
+        )
         setattr(twin.get_submodule(parent), leaf, exact)
     return twin
 

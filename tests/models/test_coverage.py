@@ -70,27 +70,6 @@ def test_half_precision_models_are_quantized_and_keep_their_dtype(kind, dtype):
     assert logits.isfinite().all()
 
 
-@torch.no_grad()
-def test_mixtral_attention_is_quantized_and_experts_stay_float_with_a_reason():
-    model = build("mixtral")
-    exact = model(IDS).logits
-    with handed_over() as graphs:
-        logits = by_backend(model)(IDS).logits
-    (graph,) = graphs
-    attention = {name for name in linear_modules(model) if ".self_attn." in name}
-    assert len(attention) == 4 * LAYERS
-    assert mixed_ops(graph).keys() == attention
-    assert not torch.equal(logits, exact)
-
-    experts = [n for n, p in model.named_parameters() if p.dim() == 3]
-    assert len(experts) == 2 * LAYERS
-    for name in experts:
-        assert "fused expert weights" in graph.matrices[name].kept_float
-    readable = storages(graph)
-    parameters = dict(model.named_parameters())
-    assert all(parameters[n].untyped_storage().data_ptr() in readable for n in experts)
-
-
 @pytest.mark.parametrize("kind", ["llama", "untied"])
 @torch.no_grad()
 def test_lm_head_is_quantized_when_asked_and_a_tied_embedding_stays_float(kind):

@@ -148,21 +148,28 @@ def test_a_hidden_size_that_collides_with_the_vocabulary_hides_no_linear():
 def test_fused_experts_are_listed_and_float_with_the_reason():
     graph = annotated(LM(experts=True), token_ids())
     kept = reasons(graph)
-    assert kept["w1"] == "fused expert weights (8, 256, 128): no kernel for them yet"
+    assert kept["w1"] == "fused expert weights (8, 256, 128), not multiplied with sorted rows"
     assert kept["lin"] == ""
 
 
-def test_the_experts_of_a_mixtral():
+def test_the_experts_of_a_mixtral_are_matrices_of_their_own():
     sizes = {"num_local_experts": 4}
     kept = reasons(annotated(causal_lm("mixtral", layers=1, **sizes), token_ids()))
-    assert sorted(name for name, why in kept.items() if "expert" in why) == [
-        "model.layers.0.mlp.experts.down_proj",
-        "model.layers.0.mlp.experts.gate_up_proj",
-    ]
     assert kept["model.layers.0.mlp.gate"] == "min(N, K) = 4 is smaller than a tile of 64"
+    experts = "model.layers.0.mlp.experts"
     assert [name for name, why in kept.items() if not why] == [
-        f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"
+        *(f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"),
+        *(f"{experts}.{part}.{e}" for part in ("gate_up_proj", "down_proj") for e in range(4)),
     ]
+
+
+def test_an_excluded_expert_keeps_those_of_its_product_float():
+    model = causal_lm("mixtral", layers=1, num_local_experts=4)
+    kept = reasons(annotated(model, token_ids(), exclude=("*.down_proj.2",)))
+    down = "model.layers.0.mlp.experts.down_proj"
+    assert kept[f"{down}.2"] == "excluded by '*.down_proj.2'"
+    assert kept[f"{down}.0"] == f"{down}.2, of the same product, stays float"
+    assert kept["model.layers.0.mlp.experts.gate_up_proj.2"] == ""
 
 
 @pytest.mark.parametrize(
@@ -186,7 +193,7 @@ def test_experts_are_recognized_by_the_products_they_are_in(product):
             return product(x, self.w)
 
     kept = reasons(annotated(Experts(), X[0]))
-    assert kept == {"w": "fused expert weights (8, 256, 128): no kernel for them yet"}
+    assert kept == {"w": "fused expert weights (8, 256, 128), not multiplied with sorted rows"}
 
 
 def test_other_weights_of_three_dimensions_are_no_experts():
