@@ -3,7 +3,7 @@
     python bench/trellis.py --model DIR --texts DIR --calibration FILE --device cuda --workers 4
 
 Both sides have the same recipe and the same true bits; rows of 2 to 5 bits are trellis rows
-(`quantizers/trellis.py`), others stay as they are. A code is STATESxSURVIVORS: the format knows
+(`quantizers/list_search.py`), others stay as they are. A code is STATESxSURVIVORS: the format knows
 the states, the encoder alone the survivors; 0 states are plain rows from the same encoder, `mixed`
 has 4x8 up to 4 bits and 0x16 for 5 and 6. The allocation scales the losses of a width by what
 such rows lose of the weight error on real layers.
@@ -25,7 +25,7 @@ from lab import TEXTS, Case, arguments, parse, run_cases
 from mixllm_compiler.passes.quantize_model import QuantizingRun, Wanted
 from mixllm_compiler.quantizers.encode import Encoded
 from mixllm_compiler.quantizers.hessian import factorize
-from mixllm_compiler.quantizers.trellis import quantize_trellis
+from mixllm_compiler.quantizers.list_search import quantize_by_search, quantize_trellis
 from results_io import Bar, write_results
 
 BUDGETS = (3.6, 4.4)
@@ -50,15 +50,11 @@ class TrellisRun(QuantizingRun):
             rows = chosen.nonzero().flatten()
             left &= ~chosen
             if len(rows):
-                found = quantize_trellis(
-                    w[rows],
-                    widths[rows],
-                    h,
-                    factor,
-                    wanted.group,
-                    states=states,
-                    survivors=survivors,
-                )
+                given = (w[rows], widths[rows], h, factor, wanted.group)
+                if states:
+                    found = quantize_trellis(*given, states=states, survivors=survivors)
+                else:
+                    found = quantize_by_search(*given, survivors=survivors)
                 parts.append(found)
                 order.append(rows)
         rows = left.nonzero().flatten()

@@ -169,7 +169,7 @@ def quantize(
     Args:
         data: calibration text as in `score`, "self" included; None rounds to nearest, which
             needs no text.
-        method: "gptq" (default with data) or "rtn".
+        method: "gptq" (default with data), "search" or "rtn", see `Recipe`.
         refit: correct weights for the inputs that the quantized model produces.
         scores: of the same model: an error of an output counts as much as its curvature.
         sequences, length: how much of the data to use; `batch` sequences go through together.
@@ -193,6 +193,14 @@ def quantize(
         raise UnsupportedModel(
             f"{len(done)} linears of this model are quantized already, the first is {done[0]}; "
             "load the float model to quantize it with another plan"
+        )
+    stacked = {n for n, p in model.named_parameters() if p.dim() == 3}
+    fused = [name for name in missing if name.rpartition(".")[0] in stacked]
+    if fused:
+        raise UnsupportedModel(
+            f"{len(fused)} matrices of the plan are experts fused in one parameter (first "
+            f"{fused[0]}), which no linear module holds; compile the model with the plan instead: "
+            "mixllm_compiler.compile(model, plan=plan, quantizer='gptq', data=…)"
         )
     if missing:
         raise PlanMismatch(
@@ -269,7 +277,8 @@ def compile(
         plan: a finished plan, or its file: nothing is scored then.
         data: text to score and to calibrate on, see `score`; by default the model writes it.
         quantizer: "rtn" rounds to nearest; "gptq" quantizes layer by layer on up to 64 sequences
-            of the text, with refit: minutes instead of seconds, for a smaller loss.
+            of the text, with refit: minutes instead of seconds, for a smaller loss; "search" takes
+            longer and loses less, with two-level rows only.
         mode: a `torch.compile` mode.
         dynamic: as in `torch.compile`.
         release: free the float weights after packing; the model cannot be compiled again.
@@ -281,7 +290,9 @@ def compile(
         raise OptionError(f"unknown quantizer {quantizer!r}.{nearest(quantizer, METHODS)}")
     scoring = {k: options.pop(k) for k in _SCORING if k in options}
     opts = Options.parse({**options, "bits": bits, "plan": plan, "release": release})
+    recipe = Recipe(method=quantizer)
     found, scores = opts.resolved_plan(), None
+    recipe.require_family(opts.family if found is None else next(iter(found.sites.values())).family)
     if found is None:
         shared = {
             k: v
@@ -291,8 +302,8 @@ def compile(
         text: Data = "self" if data is None else data
         scores = score(model, text, progress=progress, **scoring, **shared)
         found = make_plan(scores, **plan_arguments(opts))
-    if quantizer == "gptq":
-        _calibrate(model, found, data, scores, progress, scoring)
+    if quantizer != "rtn":
+        _calibrate(model, found, recipe, data, scores, progress, scoring)
     settings = {k: v for k, v in options.items() if k != "inductor"}
     settings |= {"plan": found, "release": release}
     settings["inductor"] = {**compat.mode_patches(mode), **dict(opts.inductor)}
@@ -309,12 +320,13 @@ def compile(
 def _calibrate(
     model: nn.Module,
     plan: Plan,
+    recipe: Recipe,
     data: Data | None,
     scores: Scores | None,
     progress: Callable[[int, int], None] | None,
     scoring: Mapping[str, Any],
 ) -> None:
-    """GPTQ with refit; the backend finds the weights quantized."""
+    """Quantize layer by layer; the backend finds the weights quantized."""
     ids = calibration_tokens(
         "self" if data is None else data,
         model,
@@ -325,7 +337,7 @@ def _calibrate(
         at_least=2,
     )
     curvature = None if scores is None else scores.curvature
-    quantize_model(model, plan, ids, Recipe(), row_weights=curvature, progress=progress, keep=True)
+    quantize_model(model, plan, ids, recipe, row_weights=curvature, progress=progress, keep=True)
 
 
 def invalidate(model: nn.Module) -> int:

@@ -67,7 +67,8 @@ Quantizer = Annotated[
     str,
     _option(
         "--quantizer",
-        help="'rtn' rounds to nearest (the default), 'gptq' quantizes layer by layer on the text.",
+        help="'rtn' rounds to nearest (the default), 'gptq' quantizes layer by layer on the text, "
+        "'search' does so with more effort (two-level rows only).",
         panel=_PLANNING,
     ),
 ]

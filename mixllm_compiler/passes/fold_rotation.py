@@ -39,6 +39,7 @@ def fold_rotation(model: nn.Module, ids: Tensor, **extra: Any) -> nn.Module:
             output projections have no other use, or the copy computes something else.
     """
     twin = copy.deepcopy(model)
+    ids = ids.to(next(twin.parameters()).device)
     graph = capture_model(twin, [ids], Options(quiet=True), **extra).graph
     folded = 0
     with torch.no_grad():

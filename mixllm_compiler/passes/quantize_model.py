@@ -9,6 +9,7 @@ values that cross one cut, for all calibration tokens and both streams.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +33,15 @@ from ..options import Options
 from ..quantizers.encode import Encoded, encode
 from ..quantizers.gptq import SWEEPS, quantize_gptq
 from ..quantizers.hessian import DAMPING, factorize, require_finite
+from ..quantizers.list_search import quantize_by_search
 from ..quantizers.refit import refit
 from ..runtime.weights import CACHE, packing_key
 from .captured_model import CapturedModel, Values, capture_model, even_batch
+from .quantize_experts import ExpertGroup, expert_linears
 
-METHODS = ("gptq", "rtn")
+log = logging.getLogger("mixllm_compiler")
+
+METHODS = ("gptq", "rtn", "search")
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,13 @@ class Recipe:
     """How float rows become codes.
 
     Attributes:
-        method: "gptq", or "rtn" (nearest codes on grids weighted by diag(H)).
+        method: "gptq", "rtn" (nearest codes on grids weighted by diag(H)), or "search" (two-level
+            rows only: the best of many sequences of codes in a group; two to three times the time).
         clip: search clipped ranges.
         propagate: calibrate on the inputs that the quantized model produces; else on the float
             model's, quantized.
         refit: correct the weights for those inputs first; needs `propagate`.
-        sweeps: rounds of descent after GPTQ.
+        sweeps: rounds of descent after GPTQ; "search" always has all.
         damping: of the Hessian, in units of its mean diagonal.
         held_out: share of batches on which the strength of the refit is chosen.
     """
@@ -68,6 +74,18 @@ class Recipe:
         if not 0 < self.held_out < 1:
             raise OptionError(f"held_out = {self.held_out} is no share of the text")
 
+    def require_family(self, family: str) -> None:
+        """Refuse rows that the method does not make.
+
+        Raises:
+            OptionError: says which family they must have.
+        """
+        if self.method == "search" and family != "two-level":
+            raise OptionError(
+                f"method 'search' makes two-level rows, not {family!r}: give family='two-level', "
+                "or use method 'gptq'"
+            )
+
     @property
     def cross(self) -> bool:
         """Whether the refit's cross moments are needed."""
@@ -85,10 +103,20 @@ class Wanted:
 
 @dataclass
 class _Group:
-    """Linears that read one value."""
+    """Linears that read one value, or the experts of a product.
+
+    Attributes:
+        x: the value at which both streams stop: all that these linears read is known there.
+    """
 
     x: fx.Node
     sites: list[tuple[fx.Node, LinearSite]]
+    experts: ExpertGroup | None = None
+
+    @property
+    def name(self) -> str:
+        """A matrix of the group."""
+        return self.sites[0][1].matrix if self.experts is None else self.experts.site.matrices[0]
 
 
 class QuantizingRun:
@@ -97,6 +125,8 @@ class QuantizingRun:
     Attributes:
         weights: matrix name → its quantized weight, as far as the run has come.
         strengths: matrix name → λ of its refit, None where it kept the float weights.
+        sparse: expert → tokens that reached it, where they are fewer than its inputs: nothing is
+            fitted to so few, its codes are the nearest ones on clipped grids.
     """
 
     def __init__(
@@ -115,12 +145,15 @@ class QuantizingRun:
             row_weights: matrix name → [N] how much an error of each output matters.
 
         Raises:
-            OptionError: too few batches to hold one out.
+            OptionError: too few batches to hold one out, or rows that the method does not make.
         """
+        for plan in wanted.values():
+            recipe.require_family(plan.family)
         self.captured, self.wanted, self.mode, self.recipe = captured, wanted, mode, recipe
         self.row_weights = row_weights or {}
         self.weights: dict[str, QuantizedWeight] = {}
         self.strengths: dict[str, float | None] = {}
+        self.sparse: dict[str, int] = {}
         count = len(captured.batches)
         self._held = max(1, round(recipe.held_out * count)) if recipe.cross else 0
         if self._held >= count and recipe.cross:
@@ -137,7 +170,10 @@ class QuantizingRun:
         """
         graph = self.captured.graph
         groups = self._groups()
-        segments = cut(graph.graph, [g.x for g in groups])
+        late: dict[fx.Node, fx.Node] = {}  # what shows the routing is read at the last product
+        for group in groups:
+            late |= {} if group.experts is None else {group.experts.index: group.experts.node}
+        segments = cut(graph.graph, [g.x for g in groups], late)
         plain = SegmentInterpreter(graph.module)
         floats = [self.captured.inputs(b) for b in range(len(self.captured.batches))]
         ours: list[Values] | None = None
@@ -183,6 +219,11 @@ class QuantizingRun:
             if len(formats) > 1:
                 names = ", ".join(site.matrix for _, site in group.sites)
                 raise OptionError(f"{names} read one value; a plan gives them one group and family")
+        for node, grouped in graph.grouped_sites():
+            if all(name in self.wanted for name in grouped.matrices):
+                experts = ExpertGroup.of(node, grouped)
+                stop = max(experts.product.x, experts.product.offsets, key=place.__getitem__)
+                found[node] = _Group(stop, [], experts)
         return sorted(found.values(), key=lambda g: place[g.x])
 
     def _advance(
@@ -200,6 +241,12 @@ class QuantizingRun:
     def _transformed(self, group: _Group) -> dict[fx.Node, Tensor]:
         """Rotated float weights, once for all batches."""
         found = {}
+        if group.experts is not None:
+            matrices = [self.captured.graph.matrices[n] for n in group.experts.site.matrices]
+            if matrices[0].transform:
+                turned = group.experts.product.weight.all_input_nodes[0]
+                stack = torch.stack([m.value() for m in matrices])
+                found[turned] = stack.to(matrices[0].binding.tensor.dtype)
         for node, site in group.sites:
             weight = node.args[1]
             matrix = self.captured.graph.matrices[site.matrix]
@@ -211,6 +258,8 @@ class QuantizingRun:
         self, group: _Group, floats: list[Values], ours: list[Values]
     ) -> dict[fx.Node, Callable[..., Any]]:
         """Quantize the linears of a group; what to call in their place from now on."""
+        if group.experts is not None:
+            return self._quantize_experts(group.experts, floats, ours)
         matrices = self.captured.graph.matrices
         first = self.wanted[group.sites[0][1].matrix]
         k = group.sites[0][1].k
@@ -232,6 +281,27 @@ class QuantizingRun:
             for node, site in group.sites
         }
 
+    def _quantize_experts(
+        self, group: ExpertGroup, floats: list[Values], ours: list[Values]
+    ) -> dict[fx.Node, Callable[..., Any]]:
+        """Quantize the experts of a product, one after the other: each has inputs of its own."""
+        first = self.wanted[group.site.matrices[0]]
+        rounded = functools.partial(dequantized, mode=self.mode, group=first.group)
+        for e, name in enumerate(group.site.matrices):
+            matrix, cross = self.captured.graph.matrices[name], self.recipe.cross
+            if name in self.weights:
+                continue
+            moments = group.moments(e, floats, ours, self._held, cross, rounded)
+            if moments.tokens >= matrix.k:
+                self._solve([matrix], moments)
+                continue
+            self.sparse[name] = moments.tokens
+            plan = self.wanted[name]
+            coded = encode(matrix.value().float(), plan.widths, plan.group, plan.family)
+            self.weights[name] = coded.stored(matrix.transform)
+        w_hats = [self.weights[name].dequantize(torch.float32) for name in group.site.matrices]
+        return {group.node: functools.partial(expert_linears, rounded, w_hats)}
+
     def _solve(self, matrices: list[Matrix], moments: Moments) -> None:
         """Quantize siblings as one matrix: they share inputs, and their rows are independent."""
         recipe, h = self.recipe, moments.second()
@@ -239,7 +309,7 @@ class QuantizingRun:
         wanted = [self.wanted[m.name] for m in matrices]
         w = torch.cat([m.value().float() for m in matrices])
         widths = torch.cat([p.widths for p in wanted]).to(w.device)
-        if recipe.cross:
+        if recipe.cross and 0 < moments.held_tokens < moments.tokens:
             weights = torch.cat([self.row_weights.get(m.name, torch.ones(m.n)) for m in matrices])
             share = moments.held_tokens / moments.tokens
             w, strength = refit(w, h, moments.cross(), *moments.held(), share, weights)
@@ -255,6 +325,8 @@ class QuantizingRun:
             importance = h.diagonal()
             return encode(w, widths, group, family, importance=importance, clip=recipe.clip)
         factor = factorize(h, group, name, recipe.damping)
+        if recipe.method == "search":
+            return quantize_by_search(w, widths, h, factor, group)
         return quantize_gptq(
             w, widths, h, factor, group, family, clip=recipe.clip, sweeps=recipe.sweeps
         )
@@ -262,7 +334,7 @@ class QuantizingRun:
 
 def _cannot_stop(group: _Group) -> UnsupportedModel:
     return UnsupportedModel(
-        f"the graph cannot be cut at the input of {group.sites[0][1].matrix} to quantize it; "
+        f"the graph cannot be cut at the input of {group.name} to quantize it; "
         "quantize without calibration text"
     )
 
@@ -332,7 +404,8 @@ def quantize_model(
     matrices = {m.name: m for m in captured.graph.active()}
     own = fingerprint({name: m.stored() for name, m in matrices.items()})
     names = {o: p for o, p in plan.match(own, subset=True).items() if p in plan.sites}
-    missing = sorted(plan.sites.keys() - set(names.values()))
+    float_here = {m.name for m in captured.graph.matrices.values() if m.kept_float}
+    missing = sorted(plan.sites.keys() - set(names.values()) - float_here)
     if missing:
         raise PlanMismatch(
             f"the plan has {missing[0]} ({len(missing)} of {len(plan.sites)} in all), which is no "
@@ -343,6 +416,16 @@ def quantize_model(
     weights = {o: row_weights[p] for o, p in names.items() if row_weights and p in row_weights}
     run = QuantizingRun(captured, wanted, plan.activation_mode, recipe, weights)
     found = run.run(progress)
+    if run.sparse:
+        least = min(run.sparse, key=run.sparse.__getitem__)
+        log.warning(
+            "mixllm: %d experts saw fewer tokens than they have inputs (%s %d) and were rounded to "
+            "nearest; calibrate on more text: %s",
+            len(run.sparse),
+            least,
+            run.sparse[least],
+            ", ".join(run.sparse),
+        )
     if keep:
         for name, weight in found.items():
             matrix = matrices[name]

@@ -183,6 +183,17 @@ def test_text_makes_three_bits_better(kind, family):
 
 
 @torch.no_grad()
+def test_compile_with_search_computes_what_quantize_does():
+    plan = plan_for("llama", 3, 8, family="two-level")
+    expected = quantized("llama", plan, method="search")(OTHERS).logits
+    model = mixllm_compiler.compile(
+        build("llama"), plan=plan, data=IDS, quantizer="search", **EAGER
+    )
+    found = model(OTHERS).logits
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@torch.no_grad()
 def test_the_compiled_model_equals_the_eager_one():
     model = quantized("qwen2", plan_for("qwen2"))
     eager = model(OTHERS).logits
@@ -323,6 +334,14 @@ def test_an_unknown_method_names_the_nearest():
         quantized("llama", plan_for("llama"), method="gtpq")
     with pytest.raises(OptionError, match=r"unknown quantizer 'gtpq'\. Did you mean 'gptq'\?"):
         mixllm_compiler.compile(build("llama"), quantizer="gtpq", **EAGER)
+
+
+def test_a_search_of_rows_that_it_does_not_make():
+    words = r"'search' makes two-level rows, not 'asym': give family='two-level'"
+    with pytest.raises(OptionError, match=words):
+        quantized("llama", plan_for("llama", family="asym"), method="search")
+    with pytest.raises(OptionError, match=words):  # before anything is scored
+        mixllm_compiler.compile(build("llama"), data="no text", quantizer="search", **EAGER)
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5])

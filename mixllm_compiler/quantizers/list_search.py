@@ -1,16 +1,21 @@
-"""Trellis rows: twice the levels for the same bits, by a rule between neighbours.
+"""A search over all codes of a group at once, in place of GPTQ's one code at a time.
 
-Trellis-coded quantization (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990) with
+The errors of a group's codes depend on each other through the Hessian; GPTQ commits to the nearest
+value column by column. Here several partial sequences survive every column, each with its own fed
+back residuals (the M-algorithm; Anderson and Mohan, IEEE Trans. Commun. 32(2), 1984), and the best
+one wins.
+
+The same search encodes **trellis rows**: twice the levels for the same bits, by a rule between
+neighbours. Trellis-coded quantization (Marcellin and Fischer, IEEE Trans. Commun. 38(1), 1990) with
 Ungerboeck's one-dimensional codes in feed-forward form, so that all weights of a word decode at
 once. A weight of b bits stores m (b − 1 bits) and u (1 bit); its level is
 
     4 m + 2 (u_k ⊕ u_{k−2}) + u_{k−1}           (4 states; more states: other taps)
 
-out of 2^(b+1), where u before a group's first weight is 0. The encoder picks the sequence with
-least error (Viterbi); each survivor carries its own residual, so that errors are fed back as in
-GPTQ. Steps, offsets and the scale of a row are those of two-level rows of b + 1 bits.
-
-An experiment: no stored format has these rows yet.
+out of 2^(b+1), where u before a group's first weight is 0; survivors are then those of each state
+(list Viterbi). Steps, offsets and the scale of a row are those of two-level rows of b + 1 bits. No
+stored format has trellis rows: measured on whole models they gain too little above 4 bits
+(`bench/trellis.py`).
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ from torch import Tensor
 from ..formats.row_format import groups_of
 from .descent import descend, refine_integers, rescale
 from .encode import Encoded, in_groups
-from .gptq import SWEEPS
+from .gptq import SWEEPS, quantize_gptq
 from .grid import RATIOS, Grid
 from .hessian import Factor, damp
 
+SURVIVORS = 16
 _DAMPING = 0.01
+_SWEEPS = 2
 _BLOCK = 16  # columns between two copies of all residuals that are still to come
 # states → delays whose bits make coset bit 1 (⊕) and the delay of coset bit 0
 _TAPS = {4: ((0, 2), 1), 8: ((0, 1, 3), 2), 16: ((0, 1, 4), 2)}
@@ -37,8 +44,8 @@ _GRANULAR = 2.2 / 12  # a trellis of step t has 3.2 t²/12 of noise; rounding to
 
 
 @dataclass(frozen=True)
-class Trellis:
-    """The code.
+class Code:
+    """Which codes may follow each other, and how many sequences survive.
 
     Attributes:
         states: 4, 8 or 16; a state holds the last bits u, the latest one highest.
@@ -55,7 +62,7 @@ class Trellis:
     modulus: int = 4
 
     @classmethod
-    def plain(cls, survivors: int, device: torch.device) -> Trellis:
+    def plain(cls, survivors: int, device: torch.device) -> Code:
         """No code: any level follows any other. A search for plain rows, survivors by parity."""
         table = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 2, 2).to(device)
         return cls(4, survivors, table, 2)
@@ -66,7 +73,7 @@ class Trellis:
         return self.modulus // 4
 
     @classmethod
-    def of(cls, states: int, survivors: int, device: torch.device) -> Trellis:
+    def trellis(cls, states: int, survivors: int, device: torch.device) -> Code:
         """The code with so many states."""
         taps, low = _TAPS[states]
         memory = states.bit_length() - 1
@@ -93,7 +100,7 @@ def levels_of(m: Tensor, u: Tensor, states: int = 4) -> Tensor:
     return 4 * m + 2 * high + ago(low)
 
 
-def search(y: Tensor, grid: Grid, upper: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
+def search(y: Tensor, grid: Grid, upper: Tensor, code: Code) -> tuple[Tensor, Tensor]:
     """Levels of a group with little fed-back error: list Viterbi.
 
     Args:
@@ -106,15 +113,15 @@ def search(y: Tensor, grid: Grid, upper: Tensor, trellis: Trellis) -> tuple[Tens
         levels fp32 [R, g] and residuals / U_jj [R, g].
     """
     rows, size = y.shape
-    half, kept = trellis.states // 2, trellis.survivors
-    lanes = trellis.states * kept  # survivors of state s are lanes s·kept …
+    half, kept = code.states // 2, code.survivors
+    lanes = code.states * kept  # survivors of state s are lanes s·kept …
     diagonal = upper.diagonal()
     share = upper / diagonal[:, None]
     # In units of the step: residuals are levels; a row's step changes no comparison.
     work = ((y - grid.offset[:, None]) / grid.step[:, None]).t()[:, None]
     work = work.expand(size, lanes, rows).contiguous()
-    cosets = trellis.cosets[..., None, None]
-    modulus = trellis.modulus
+    cosets = code.cosets[..., None, None]
+    modulus = code.modulus
     most = ((grid.top - cosets) / modulus).floor_()
     metric = work.new_full((lanes, rows), torch.inf)
     metric[0] = 0
@@ -175,6 +182,39 @@ def _trace(
     return torch.stack(lefts[::-1]), torch.stack(levels[::-1]), lane
 
 
+def quantize_by_search(
+    w: Tensor,
+    widths: Tensor,
+    h: Tensor,
+    factor: Factor,
+    group: int,
+    *,
+    survivors: int = SURVIVORS,
+) -> Encoded:
+    """Two-level rows for W [N, K]: searched codes, then the descent of GPTQ's.
+
+    Rows of 8 bits, where rounding is fine enough, are GPTQ's own. Two to three times GPTQ's time.
+
+    Args:
+        widths: uint8 [N] bits of every row.
+        h: fp32 [K, K] E[x xᵀ].
+        factor: of the same H.
+        survivors: partial sequences that are kept at every column, for each parity of its code.
+    """
+    with torch.no_grad():
+        widths = widths.to(w.device)
+        low, high = (widths < 8).nonzero().flatten(), (widths == 8).nonzero().flatten()
+        parts = []
+        if len(low):
+            rows = w[low].float()
+            coded = _searched(rows, widths[low], h, factor, group, Code.plain(survivors, w.device))
+            descend(rows, coded, h, SWEEPS)
+            parts.append(coded)
+        if len(high):
+            parts.append(quantize_gptq(w[high], widths[high], h, factor, group, "two-level"))
+        return Encoded.joined(parts).take(torch.cat([low, high]).argsort())
+
+
 def quantize_trellis(
     w: Tensor,
     widths: Tensor,
@@ -184,38 +224,32 @@ def quantize_trellis(
     *,
     states: int = 4,
     survivors: int = 8,
-    sweeps: int = 2,
 ) -> Encoded:
-    """Trellis rows for W [N, K] of 2 to 6 bits: GPTQ, then descent, as for two-level rows.
+    """Trellis rows for W [N, K] of 2 to 6 bits, see above.
 
     Args:
-        widths: uint8 [N] bits of every row.
-        h: fp32 [K, K] E[x xᵀ].
-        factor: of the same H.
-        states, survivors: see `Trellis`; 0 states for plain two-level rows, whose codes are
-            searched in the same way and then one at a time.
-        sweeps: rounds of descent.
+        states, survivors: see `Code`.
 
     Returns:
-        In the form of two-level rows of one bit more, whose codes are the levels; plain rows as
-        they are.
+        In the form of two-level rows of one bit more, whose codes are the levels.
     """
     with torch.no_grad():
-        plain = states == 0
-        trellis = (
-            Trellis.plain(survivors, w.device) if plain else Trellis.of(states, survivors, w.device)
-        )
-        coded = _encode(w.float(), widths.to(w.device) + trellis.extra, group, factor, trellis)
-        _descend(w.float(), coded, h, sweeps, trellis)
-        if plain:
-            descend(w.float(), coded, h, SWEEPS)
-        return coded
+        code = Code.trellis(states, survivors, w.device)
+        return _searched(w.float(), widths.to(w.device) + code.extra, h, factor, group, code)
 
 
-def _encode(w: Tensor, widths: Tensor, group: int, factor: Factor, trellis: Trellis) -> Encoded:
+def _searched(
+    w: Tensor, widths: Tensor, h: Tensor, factor: Factor, group: int, code: Code
+) -> Encoded:
+    coded = _encode(w, widths, group, factor, code)
+    _descend(w, coded, h, code)
+    return coded
+
+
+def _encode(w: Tensor, widths: Tensor, group: int, factor: Factor, code: Code) -> Encoded:
     n, k = w.shape
     importance = factor.diagonal / factor.diagonal.mean()
-    noise = trellis.extra * _GRANULAR
+    noise = code.extra * _GRANULAR
     scale = _row_scales(w, widths, group, importance, noise)
     step, offset, top = torch.ones(3, n, groups_of(k, group), device=w.device)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
@@ -226,7 +260,7 @@ def _encode(w: Tensor, widths: Tensor, group: int, factor: Factor, trellis: Trel
         here = slice(at, at + columns.stop - columns.start)
         at = here.stop
         grid, _ = _choose(x[:, here].contiguous(), widths, importance[columns], noise)
-        level, carried = search(x[:, here], grid, factor.upper[here, here], trellis)
+        level, carried = search(x[:, here], grid, factor.upper[here, here], code)
         out.codes[:, columns] = level.to(torch.uint8)
         out.step[:, g], out.offset[:, g], out.top[:, g] = grid.step, grid.offset, grid.top
         if at < k:
@@ -271,7 +305,7 @@ def _choose(x: Tensor, widths: Tensor, importance: Tensor, noise: float) -> tupl
     return best, least
 
 
-def _descend(w: Tensor, coded: Encoded, h: Tensor, sweeps: int, trellis: Trellis) -> None:
+def _descend(w: Tensor, coded: Encoded, h: Tensor, code: Code) -> None:
     """`descent.descend`, with a search over all codes of a group in place of one at a time."""
     h = damp(h, _DAMPING)
     inner = []
@@ -281,28 +315,26 @@ def _descend(w: Tensor, coded: Encoded, h: Tensor, sweeps: int, trellis: Trellis
         inverse = torch.cholesky_inverse(lower)
         inner.append((lower.float(), torch.linalg.cholesky(inverse, upper=True).float()))
     h = h.float()
-    for _ in range(sweeps):
+    for _ in range(_SWEEPS):
         rescale(w, coded, h)
         target = w / coded.scale[:, None]
         moved = (target - coded.dequantize() / coded.scale[:, None]) @ h
         for g, (lower, upper) in enumerate(inner):
             columns = coded.columns(g)
             before = coded.values(g)
-            _codes(coded, g, moved[:, columns], lower, upper, trellis)
+            _codes(coded, g, moved[:, columns], lower, upper, code)
             refine_integers(coded, g, moved, h, before)
             change = coded.values(g) - before
             moved.addmm_(change, h[columns], alpha=-1)
     rescale(w, coded, h)
 
 
-def _codes(
-    coded: Encoded, g: int, moved: Tensor, lower: Tensor, upper: Tensor, trellis: Trellis
-) -> None:
+def _codes(coded: Encoded, g: int, moved: Tensor, lower: Tensor, upper: Tensor, code: Code) -> None:
     """Better levels of a group given all others, where the search finds some."""
     grid, columns = coded.grid(g), coded.columns(g)
     before = grid.values(coded.codes[:, columns].float())
     change = torch.cholesky_solve(moved.t(), lower).t()  # what would be best without a grid
-    level, _ = search(before + change, grid, upper, trellis)
+    level, _ = search(before + change, grid, upper, code)
     was = (change @ lower).square().sum(1)
     now = ((before + change - grid.values(level)) @ lower).square().sum(1)
     better = (now < was) & (grid.top >= 3)

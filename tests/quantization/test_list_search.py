@@ -11,7 +11,13 @@ from torch import Tensor
 from mixllm_compiler.quantizers.gptq import quantize_gptq
 from mixllm_compiler.quantizers.grid import Grid
 from mixllm_compiler.quantizers.hessian import factorize
-from mixllm_compiler.quantizers.trellis import Trellis, levels_of, quantize_trellis, search
+from mixllm_compiler.quantizers.list_search import (
+    Code,
+    levels_of,
+    quantize_by_search,
+    quantize_trellis,
+    search,
+)
 
 CPU = torch.device("cpu")
 
@@ -28,7 +34,7 @@ def test_viterbi_finds_the_best_sequence(states: int) -> None:
     y = torch.rand(20, 6) * 16 - 4
     grid = Grid(torch.full((20,), 2.0), torch.full((20,), -3.0), torch.full((20,), 7.0))
     upper = torch.diag(torch.rand(6) + 0.5)  # no feedback: Viterbi's algorithm is exact
-    levels, left = search(y, grid, upper, Trellis.of(states, 1, CPU))
+    levels, left = search(y, grid, upper, Code.trellis(states, 1, CPU))
     tried = ((y[:, None] - 2 * all_levels(6, states) + 3) / upper.diagonal()).square().sum(-1)
     torch.testing.assert_close(left.square().sum(1), tried.amin(1))
     torch.testing.assert_close(((y - 2 * levels + 3) / upper.diagonal()), left)
@@ -42,7 +48,7 @@ def test_fed_back_residuals_add_up_to_the_error(survivors: int) -> None:
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     y = torch.rand(30, 40) * 16 - 4
     grid = Grid(torch.full((30,), 2.0), torch.full((30,), -3.0), torch.full((30,), 7.0))
-    levels, left = search(y, grid, upper, Trellis.of(4, survivors, CPU))
+    levels, left = search(y, grid, upper, Code.trellis(4, survivors, CPU))
     error = y - 2 * levels + 3
     quadratic = ((error @ h) * error).sum(1)
     torch.testing.assert_close(left.square().sum(1), quadratic, rtol=1e-4, atol=1e-4)
@@ -84,7 +90,7 @@ def test_the_search_serves_plain_rows_too() -> None:
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     y = torch.rand(20, 5) * 8 - 3
     grid = Grid(torch.full((20,), 2.0), torch.full((20,), -3.0), torch.full((20,), 3.0))
-    levels, _ = search(y, grid, upper, Trellis.plain(64, CPU))
+    levels, _ = search(y, grid, upper, Code.plain(64, CPU))
     codes = torch.tensor(list(itertools.product(range(4), repeat=5))).float()
 
     def error(tried: Tensor) -> Tensor:
@@ -94,3 +100,34 @@ def test_the_search_serves_plain_rows_too() -> None:
     best = error(codes[None]).amin(1)
     assert bool((levels <= 3).all())
     assert float((error(levels[:, None])[:, 0] / best).mean()) < 1.05
+
+
+def test_searched_rows_beat_those_of_gptq() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(2000, 200) @ torch.randn(200, 200) * torch.rand(200)
+    h, w = x.t() @ x / 2000, torch.randn(60, 200)
+    widths = torch.tensor([2, 3, 4, 5, 6, 8], dtype=torch.uint8).repeat(10)
+    factor = factorize(h, 128, "w")
+    searched = quantize_by_search(w, widths, h, factor, 128)
+    plain = quantize_gptq(w, widths, h, factor, 128, "two-level")
+    searched.stored().check()
+    assert torch.equal(searched.widths, widths)
+
+    def error(w_hat: Tensor) -> Tensor:
+        return (((w - w_hat) @ h) * (w - w_hat)).sum(1)
+
+    before, after = error(plain.dequantize()), error(searched.dequantize())
+    for bits in (2, 3, 4, 5, 6):
+        rows = widths == bits
+        assert float(after[rows].sum()) < 0.99 * float(before[rows].sum()), bits
+    torch.testing.assert_close(after[widths == 8], before[widths == 8])
+
+
+def test_only_rows_of_8_bits_or_none_of_them() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(300, 64)
+    h, w = x.t() @ x / 300, torch.randn(5, 64)
+    factor = factorize(h, 32, "w")
+    for bits in (3, 8):
+        widths = torch.full((5,), bits, dtype=torch.uint8)
+        quantize_by_search(w, widths, h, factor, 32).stored().check()
