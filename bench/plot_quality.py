@@ -2,13 +2,14 @@
 
     python bench/plot_quality.py bench/results/quality-wiki-88m-h200.json docs/quality.svg
 
-Peers, if the file has some, are drawn as crosses with their names.
+Other libraries, if the file has some, have a mark each.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mixllm_compiler.formats.files import write_whole
 
 INK = "#7d7d7d"  # readable on white and on black
 OURS, OTHERS, PEERS = "#2f7fd1", "#d1672f", "#8a5fbf"
+MARKS = "xv^D+*1P"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,13 +43,16 @@ def plot(content: dict[str, Any], text: str) -> bytes:
     kl, spread = f"KL {text}", f"se {text}"
     plans = [row for row in content["rows"] if "plan" in row and kl in row]
     ours = sorted((r for r in plans if r["plan"].startswith("ours")), key=lambda r: r["true bits"])
-    peers = [row for row in content["rows"] if "peer" in row]
+    peers: dict[str, list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        if "peer" in row:
+            peers.setdefault(method(row["peer"]), []).append(row)
     style: Any = {
         "svg.hashsalt": "mixllm", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
         "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none", "font.size": 9,
     }  # fmt: skip
     with mpl.rc_context(style):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
         bits = [row["true bits"] for row in ours]
         axes.errorbar(
@@ -56,8 +61,11 @@ def plot(content: dict[str, Any], text: str) -> bytes:
         )  # fmt: skip
         for row in (r for r in plans if r not in ours):
             _point(axes, row["true bits"], row[kl], row["plan"], OTHERS, "s")
-        for row in peers:
-            _point(axes, row["true bits"], row[kl], row["peer"], PEERS, "x")
+        for mark, (name, rows) in zip(itertools.cycle(MARKS), sorted(peers.items()), strict=False):
+            axes.plot(
+                [row["true bits"] for row in rows], [row[kl] for row in rows],
+                color=PEERS, marker=mark, markersize=5, linestyle="", label=name,
+            )  # fmt: skip
         axes.set_yscale("log")
         axes.margins(x=0.12)
         axes.set_xlabel("true bits per weight: codes, scales, integers, row widths")
@@ -67,6 +75,14 @@ def plot(content: dict[str, Any], text: str) -> bytes:
         out = io.BytesIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return out.getvalue()
+
+
+def method(peer: str) -> str:
+    """The method of `auto-round-w4-g128-asym-200-iters` is `auto-round, tuned`."""
+    name, settings = peer.split("-w", 1)
+    if "-iters" not in settings:
+        return name
+    return f"{name}, {'untuned' if settings.endswith('-0-iters') else 'tuned'}"
 
 
 def _point(axes: Any, x: float, y: float, name: str, color: str, marker: str) -> None:

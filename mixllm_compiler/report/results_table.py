@@ -2,7 +2,8 @@
 
     python -m mixllm_compiler.report.results_table README.md
 
-rewrites what stands between `<!-- results: bench/results/NAME.json -->` and `<!-- end -->`.
+rewrites what stands between `<!-- results: bench/results/NAME.json -->` and `<!-- end -->`; with
+`NAME.json peers` it is the table of other libraries.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results: (\S+)( peers)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, root: Path) -> str:
@@ -22,29 +23,10 @@ def filled(page: str, root: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         content = json.loads((root / match[2]).read_text(encoding="utf-8"))
-        make = quality_table if "text" in content["rows"][0] else equal_bits_table
-        return f"{match[1]}{make(content)}\n{match[3]}"
+        make = peers_table if match[3] else equal_bits_table
+        return f"{match[1]}{make(content)}\n{match[4]}"
 
     return _BLOCK.sub(table, page)
-
-
-def quality_table(content: Mapping[str, Any]) -> str:
-    """One line per plan, the texts beside each other; below, how it was measured."""
-    rows: Sequence[Mapping[str, Any]] = content["rows"]
-    texts = list(dict.fromkeys(row["text"] for row in rows))
-    plans = list(dict.fromkeys(row["plan"] for row in rows))
-    by_place = {(row["text"], row["plan"]): row for row in rows}
-    head = ["plan", "true bits", "resident bits", "file MB"]
-    head += [f"{figure}, {text}" for text in texts for figure in ("perplexity", "1000 KL")]
-    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
-    for plan in plans:
-        row = by_place[texts[0], plan]
-        cells = [plan, *(f"{row[key]:.2f}" for key in ("true bits", "resident bits", "file MB"))]
-        for text in texts:
-            one = by_place[text, plan]
-            cells += [f"{one['perplexity']:.2f}", _kl(one)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _source(content)])
 
 
 def equal_bits_table(content: Mapping[str, Any]) -> str:
@@ -60,6 +42,24 @@ def equal_bits_table(content: Mapping[str, Any]) -> str:
         ratio = row.get(f"ratio {texts[0]}")
         spread = row.get(f"ratio se {texts[0]}")
         cells += [row.get("of", "–"), "–" if ratio is None else f"{ratio:.3f} ± {spread:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(content)])
+
+
+def peers_table(content: Mapping[str, Any]) -> str:
+    """Other libraries' models and ours by true bits: KL on every text, seconds of quantizing."""
+    rows = [row for row in content["rows"] if row.get("plan", "ours").startswith("ours")]
+    rows = [row for row in rows if "true bits" in row]
+    texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
+    head = ["", "package", "true bits", *(f"1000 KL, {text}" for text in texts), "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|---|---" + "|--:" * (2 + len(texts)) + "|"]
+    for row in sorted(rows, key=lambda row: (row["true bits"], "plan" in row)):
+        name, package = row.get("peer"), row.get("package", "")
+        name = name or f"**{row['plan']}**"
+        cells = [name, package, f"{row['true bits']:.3f}"]
+        for text in texts:
+            cells.append(_kl({"KL": row[f"KL {text}"], "KL se": row[f"se {text}"]}))
+        cells.append(f"{row['seconds']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _source(content)])
 
