@@ -37,15 +37,22 @@ class Segment:
     outputs: tuple[fx.Node, ...]
 
 
-def cut(graph: fx.Graph, after: Sequence[fx.Node]) -> list[Segment]:
+def cut(
+    graph: fx.Graph, after: Sequence[fx.Node], reads: Mapping[fx.Node, fx.Node] | None = None
+) -> list[Segment]:
     """The nodes of a graph in segments that end after the given nodes.
 
     A cut is left out where it would separate the two ends of an autocast region, or two views of
     memory that is written later.
+
+    Args:
+        reads: value → a node behind it, as if that one read it, too.
     """
     order = [n for n in graph.nodes if n.op not in (*_OUTSIDE, "output")]
     place = {n: i for i, n in enumerate(order)}
     last = {n: max((place.get(u, len(order)) for u in n.users), default=-1) for n in graph.nodes}
+    for value, reader in (reads or {}).items():
+        last[value] = max(last[value], place[reader])
     writes = [(place[n], v) for n in order for v in mutated_inputs(n)]
 
     def live(end: int) -> list[fx.Node]:
