@@ -10,7 +10,7 @@ settings, seconds, and bits as the peer stores them, codes, scales and zero poin
 Activations stay float: all of these are weight-only methods.
 
 Each peer needs its own environment (`pip install <package of PEERS>`), with this repository in
-PYTHONPATH. EXL3 is left out: exllamav3 runs on CUDA only.
+PYTHONPATH. EXL3 is simulated (`exl3.py`).
 """
 
 from __future__ import annotations
@@ -297,7 +297,39 @@ def gptqmodel(job: Job) -> Outcome:
     )
 
 
+def exl3(job: Job) -> Outcome:
+    """EXL3, simulated: block after block, on the inputs that quantized blocks deliver."""
+    import exl3 as simulation
+
+    args, bits = job.args, int(job.args.bits)
+    model = job.model.to(args.device)
+    values = simulation.codebook(torch.device(args.device))
+    names = {module: name for name, module in job.linears().items()}
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    weights, stored = {}, {}
+    with torch.no_grad():
+        for block in blocks:
+            moments: dict[nn.Module, Tensor] = {}
+
+            def add(module: nn.Module, inputs: tuple[Tensor], into: Any = moments) -> None:
+                x = inputs[0].flatten(0, -2)
+                into[module] = into.get(module, 0) + x.t() @ x
+
+            linears = [m for m in block.modules() if m in names]
+            hooks = [linear.register_forward_pre_hook(add) for linear in linears]
+            for ids in job.ids.split(8):
+                model(ids.to(args.device))
+            for hook in hooks:
+                hook.remove()
+            for linear in linears:
+                name, w = names[linear], linear.weight
+                w.copy_(simulation.quantize(w.float(), moments[linear], bits, values))
+                weights[name], stored[name] = w, simulation.stored_bits(*w.shape, bits)
+    return Outcome(weights, stored, {"simulated": True}, job.ids.numel())
+
+
 PEERS = {
+    "exl3": Peer("torch", exl3),
     "torchao": Peer("torchao", torchao),
     "hqq": Peer("hqq", hqq),
     "auto-round": Peer("auto-round", auto_round),
@@ -375,6 +407,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def label_of(args: argparse.Namespace) -> str:
     """Name of the file: `hqq-w4-g128-asym`, `auto-round-w4-g128-asym-200-iters`."""
+    if args.peer == "exl3":  # it has neither groups nor zero points
+        return f"exl3-w{args.bits:g}-simulated"
     parts = [args.peer, f"w{args.bits:g}", f"g{args.group}", "sym" if args.symmetric else "asym"]
     if PEERS[args.peer].package == "auto-round":
         parts.append(f"{args.iters}-iters")
