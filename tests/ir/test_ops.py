@@ -8,8 +8,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixllm_compiler.errors import OptionError
-from mixllm_compiler.formats.layout import pack
-from mixllm_compiler.ir.ops import DEQUANTIZE, HADAMARD, MIXED_GEMM, QUANTIZE_ACTIVATION, SEMANTIC
+from mixllm_compiler.formats.layout import join_layouts, pack
+from mixllm_compiler.ir.ops import (
+    DEQUANTIZE,
+    GROUPED_LINEAR,
+    HADAMARD,
+    MIXED_GEMM,
+    QUANTIZE_ACTIVATION,
+    SEMANTIC,
+)
 from mixllm_compiler.quantizers.rtn import quantize_rtn
 
 WIDTHS = torch.tensor([4, 8, 4, 3, 2, 5, 6, 4], dtype=torch.uint8)
@@ -72,6 +79,46 @@ def test_fakes_say_what_the_ops_do(packed, mode, lead):
         fake = linear(fake_mode.from_tensor(x), fake_mode.from_tensor(packed.blob))
     for r, f in zip(real, fake, strict=True):
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+def experts(x, ends, mode="token", block=0, dtype=torch.float32):
+    """Arguments of a product with three experts of other widths, group 64."""
+    weights = [quantize_rtn(torch.randn(8, 256), WIDTHS.roll(i), 64) for i in range(3)]
+    packed = [pack(w, "plain.v1") for w in weights]
+    layouts, offsets = join_layouts(p.layout for p in packed), torch.tensor(ends, dtype=torch.int32)
+    return x, offsets, [p.blob for p in packed], layouts, mode, 64, block, dtype
+
+
+@pytest.mark.parametrize("mode", ["token", "group"])
+@pytest.mark.parametrize("block", [0, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_grouped_linear(mode, block, dtype):
+    x = torch.randn(5, 256, dtype=dtype)
+    torch.library.opcheck(GROUPED_LINEAR, experts(x, [2, 2, 5], mode, block, dtype))
+
+
+@pytest.mark.parametrize("mode", ["token", "group"])
+@pytest.mark.parametrize("block", [0, 32])
+def test_every_expert_is_the_linear_of_its_rows(mode, block):
+    """Also one without rows; rows behind the last offset belong to nobody and become zero."""
+    x = torch.randn(7, 256)
+    args = experts(x, [3, 3, 6], mode, block)
+    y = GROUPED_LINEAR(*args)
+    for rows, blob, layout in zip(
+        (slice(0, 3), slice(3, 3), slice(3, 6)), args[2], args[3].split("; "), strict=True
+    ):
+        turned = HADAMARD(x[rows], block) if block else x[rows]
+        codes, scales, sums = QUANTIZE_ACTIVATION(turned, mode, 64)
+        acc = MIXED_GEMM(codes, scales, sums, blob, layout)
+        expected = DEQUANTIZE(acc, scales, sums, blob, layout, None, torch.float32)
+        assert torch.equal(y[rows], expected)
+    assert y[:6].abs().amax(1).min() > 0
+    assert not y[6:].any()
+
+
+def test_a_grouped_linear_without_rows():
+    y = GROUPED_LINEAR(*experts(torch.randn(0, 256), [0, 0, 0]))
+    assert y.shape == (0, 8)
 
 
 def test_one_op_a_step_and_none_writes_its_arguments():

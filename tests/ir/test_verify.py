@@ -11,7 +11,7 @@ from mixllm_compiler.ir import ops
 from mixllm_compiler.ir.annotations import LinearSite, annotate
 from mixllm_compiler.ir.verify import verify
 from mixllm_compiler.passes.canonicalize_linears import LINEAR
-from tests.helpers import activations, captured, mlp, passed
+from tests.helpers import activations, captured, causal_lm, mlp, passed, token_ids
 
 STAGES = ["canonicalize-linears", "annotate-linears", "allocate-bits", "rewrite-linears"]
 
@@ -137,3 +137,60 @@ def test_a_constant_that_is_not_the_packed_blob(graph):
     matrix = graph.matrices["0"]
     matrix.packed = PackedWeight(matrix.packed.blob.clone(), matrix.packed.layout)
     assert "(0): the graph's constant is not the matrix' packed blob" in complaint(graph)
+
+
+# -- experts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture():
+    return captured(causal_lm("mixtral", 1, num_local_experts=4), token_ids())
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "pack-weights"])
+def test_what_our_passes_leave_of_experts_is_right(mixture, stage):
+    passed(mixture, stage)
+    verify(mixture, stage)
+
+
+def test_experts_that_are_not_there(mixture):
+    passed(mixture, "annotate-linears")
+    del mixture.matrices["model.layers.0.mlp.experts.down_proj.3"]
+    assert "down_proj.3): the annotation names a matrix that is not there" in complaint(mixture)
+
+
+def test_experts_that_nobody_rewrote(mixture):
+    passed(mixture, "allocate-bits")
+    for node, _ in list(mixture.sites()):
+        del node.meta["mixllm"]
+    mixture.facts |= {"quantized", "rewritten"}
+    assert "gate_up_proj.0): experts of the plan are still float" in complaint(mixture)
+
+
+@pytest.mark.parametrize(
+    "blobs, layouts, said",
+    [(3, 4, "4 layouts, but not as many blobs"), (3, 3, "3 layouts for 4 experts")],
+)
+def test_a_product_that_lost_an_expert(mixture, blobs, layouts, said):
+    passed(mixture, "rewrite-linears")
+    node = mixture.calls(ops.GROUPED_LINEAR)[1]
+    x, offsets, packed, text, *rest = node.args
+    text = "; ".join(text.split("; ")[:layouts])
+    node.args = (x, offsets, packed[:blobs], text, *rest)
+    assert said in complaint(mixture)
+
+
+def test_an_expert_of_another_shape(mixture):
+    passed(mixture, "rewrite-linears")
+    node = mixture.calls(ops.GROUPED_LINEAR)[1]
+    other = node.args[3].replace("k256 w4:128", "k256 w4:64", 1)
+    node.args = (*node.args[:3], other, *node.args[4:])
+    assert "down_proj.0): layout k256 w4:64" in complaint(mixture)
+
+
+def test_an_expert_that_reads_the_blob_of_another(mixture):
+    passed(mixture, "pack-weights")
+    node = mixture.calls(ops.GROUPED_LINEAR)[0]
+    first, second, *rest = node.args[2]
+    node.args = (*node.args[:2], [second, first, *rest], *node.args[3:])
+    assert "is not the expert's packed blob" in complaint(mixture)
