@@ -23,7 +23,6 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     Qwen2Config,
@@ -34,10 +33,10 @@ from mixllm_compiler.demo.train import (
     BOS,
     BOS_ID,
     Settings,
-    _causal_attention,
     bits_per_byte,
     documents,
     encode,
+    make_trainable,
     read_text,
     train_model,
     without_copies,
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_model(settings: Settings) -> Qwen2ForCausalLM:
-    """A fresh Qwen2 whose residual branches start small, as deep ones should."""
+    """A fresh Qwen2 with biases and a head of its own."""
     config = Qwen2Config(
         vocab_size=settings.vocabulary,
         hidden_size=settings.hidden,
@@ -115,13 +114,7 @@ def build_model(settings: Settings) -> Qwen2ForCausalLM:
         eos_token_id=BOS_ID,
     )
     model = Qwen2ForCausalLM(config)
-    # Under torch.compile transformers builds a mask, which keeps flash attention away.
-    AttentionInterface.register("causal", _causal_attention)
-    model.set_attn_implementation("causal")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.mul_((2 * settings.layers) ** -0.5)
+    make_trainable(model)
     return model
 
 

@@ -218,7 +218,7 @@ def _causal_attention(
 
 
 def build_model(settings: Settings, vocabulary: int) -> LlamaForCausalLM:
-    """A fresh Llama whose residual branches start small, as deep ones should."""
+    """A fresh Llama."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=settings.hidden,
@@ -233,14 +233,19 @@ def build_model(settings: Settings, vocabulary: int) -> LlamaForCausalLM:
         eos_token_id=BOS_ID,
     )
     model = LlamaForCausalLM(config)
+    make_trainable(model)
+    return model
+
+
+def make_trainable(model: PreTrainedModel) -> None:
+    """Residual branches that start small, as deep ones should, and attention that compiles well."""
     # Under torch.compile transformers builds a mask, which keeps flash attention away.
     AttentionInterface.register("causal", _causal_attention)
     model.set_attn_implementation("causal")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.mul_((2 * settings.layers) ** -0.5)
-    return model
+                weight.mul_((2 * model.config.num_hidden_layers) ** -0.5)
 
 
 def make_optimizer(model: LlamaForCausalLM, settings: Settings) -> torch.optim.Optimizer:
