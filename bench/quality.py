@@ -50,6 +50,8 @@ BASELINES = (
     Case(PAPER_BYTES, 4.4, scores=PAPER_SCORES, plan={"preset": "paper"}, recipe=ONE_SHOT),
     Case(KFAC_48, 5.0, scores=_KFAC, plan=_ROWS, recipe=ONE_SHOT),
 )
+# One width for all rows, as most libraries have it: what our weight quantizer is worth alone.
+ALONE = (Case("uniform W4, our quantizer", plan={"uniform": 4}),)
 # True bits → (baseline, most that our KL may be of its KL).
 TARGETS: dict[float | str, tuple[str, float]] = {
     PAPER_BITS: (PAPER, 0.37),
@@ -67,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     """Quantize, measure, print; write the results unless `--quick`."""
     args, started = _arguments(argv), time.perf_counter()
     swept = [ours(bits) for bits in SWEEP] if args.sweep else []
-    lines = run_cases(args, [*BASELINES, *(ours(bits) for bits in TARGETS), *swept])
+    lines = run_cases(args, [*BASELINES, *(ours(bits) for bits in TARGETS), *ALONE, *swept])
     bars = [
         *(baseline_bars(args.name, lines) if args.strong else ()),
         *ratio_bars(args.name, lines),
     ]
-    rows = [lines[case.label].row() for case in BASELINES if case.label in lines]
+    rows = [lines[case.label].row() for case in (*BASELINES, *ALONE) if case.label in lines]
     for bits, (of, _) in TARGETS.items():
         if ours(bits).label in lines and of in lines:
             rows.append(lines[ours(bits).label].row(lines[of]))
