@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,8 +194,7 @@ def quantize(
             f"{len(done)} linears of this model are quantized already, the first is {done[0]}; "
             "load the float model to quantize it with another plan"
         )
-    stacked = {n for n, p in model.named_parameters() if p.dim() == 3}
-    fused = [name for name in missing if name.rpartition(".")[0] in stacked]
+    fused = _fused_experts(model, missing)
     if fused:
         raise UnsupportedModel(
             f"{len(fused)} matrices of the plan are experts fused in one parameter (first "
@@ -228,6 +227,12 @@ def quantize(
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed.train(module.training))
     return model
+
+
+def _fused_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those names that are slices of one parameter of the model."""
+    stacked = {n for n, p in model.named_parameters() if p.dim() == 3}
+    return [name for name in names if name.rpartition(".")[0] in stacked]
 
 
 def _rounded(module: nn.Module, site: SitePlan, transform: str) -> QuantizedWeight:
@@ -314,6 +319,8 @@ def compile(
     model.forward = CompiledForward(
         original, backend=mixllm, options=settings, dynamic=dynamic, fullgraph=fullgraph
     )
+    if _fused_experts(model, found.sites):
+        compat.keep_grouped_experts(model)
     return model
 
 

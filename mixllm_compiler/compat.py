@@ -292,6 +292,15 @@ def refuse_released(weight: Tensor, name: str) -> None:
         )
 
 
+def keep_grouped_experts(model: nn.Module) -> None:
+    """Let `generate` decode with the products over sorted rows that are quantized.
+
+    Except on CPUs, transformers decodes with float weights gathered for every token instead.
+    """
+    if hasattr(model, "_optimize_model_for_decode"):
+        model._optimize_model_for_decode = contextlib.nullcontext  # type: ignore[assignment]
+
+
 @functools.cache
 def invoke_subgraph() -> Any:
     """The op behind `torch.compiler.nested_compile_region`."""

@@ -102,6 +102,21 @@ def test_generation_runs_the_experts_of_one_plan():
         assert rows == {name: site.rows_per_width() for name, site in plan.sites.items()}
 
 
+def decodes_with(model: Any) -> set[str]:
+    """How experts are multiplied while `generate` decodes on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+        with model._optimize_model_for_decode():
+            return set(model.get_experts_implementation().values())
+
+
+def test_decoding_on_a_gpu_keeps_the_products_that_are_quantized():
+    model = build("mixtral")
+    assert "batched_mm" in decodes_with(model)  # else nothing is to be kept
+    mixllm_compiler.compile(model, plan=plan_of(model, IDS), **EAGER)
+    assert decodes_with(model) & {"grouped_mm", "batched_mm"} == {"grouped_mm"}
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_budget_counts_experts(kind):
     model = build(kind)
