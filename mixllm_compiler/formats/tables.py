@@ -19,4 +19,4 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def same_place(name: str) -> str:
     """The name with numbers of layers and experts replaced by `*`, to show alike ones together."""
-    return re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name)
+    return re.sub(r"(^|(?<=\.))\d+(?=\.)|(?<=\.)\d+$", "*", name)
