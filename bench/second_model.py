@@ -158,11 +158,16 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings
     add("--texts", type=Path, required=True, help=f"folder with {TRAINING}, {', '.join(HELD_OUT)}")
     add("--tokenizer", type=Path, required=True, help="folder of a checkpoint; its tokenizer.json")
     add("--out", type=Path, required=True, help="folder to make")
-    add("--seconds", type=float, default=240.0, help="time to train, compilation aside")
+    add(
+        "--seconds",
+        type=float,
+        default=80.0,
+        help="time to train, compilation aside; too much, and the model learns its text by heart",
+    )
     add("--hidden", type=int, default=512)
     add("--layers", type=int, default=8)
     add("--batch", type=int, default=96, help="windows of 1,024 tokens in a step")
-    add("--learning-rate", type=float, default=2e-3, help="at its peak")
+    add("--learning-rate", type=float, default=1e-3, help="at its peak")
     add("--device", type=torch.device, default=torch.device("cuda"))
     add("--quick", action="store_true", help="a tiny model on little text; nothing is reported")
     args = parser.parse_args(argv)
