@@ -13,6 +13,9 @@ constexpr int GROUP = 128;  // elements of K that share t and c
 
 template <int V> struct Const { static constexpr int value = V; };
 
+// The same in all lanes, so that the compiler may keep what follows from it in uniform registers.
+DEVICE int uniform(int v) { return __shfl_sync(~0u, v, 0); }
+
 // ---- arguments, by value; `launch.py` fills the same structures ---------------------------------
 struct Weights {
     const u8* blob;
@@ -52,16 +55,19 @@ DEVICE void width_from(const Weights& w, int tile, F&& f) {
 // Bytes of the 16 rows of a warp in front of warp `warp`, of one block.
 template <int BITS> constexpr int WARP_BYTES = 256 * BITS;
 
-// A lane's words of one block and warp: pieces of 16 bytes a lane, a rest of 8.
+// A lane's words of one block and warp, from word `first` to the end of the piece that `last` is in:
+// pieces of 16 bytes a lane, a rest of 8.
 template <int BITS, class LOAD16, class LOAD8>
-DEVICE void load_words(u32 (&words)[Code<BITS>::WORDS], LOAD16 load16, LOAD8 load8, int lane) {
+DEVICE void load_words(u32 (&words)[Code<BITS>::WORDS], LOAD16 load16, LOAD8 load8, int lane,
+                       int first = 0, int last = Code<BITS>::WORDS - 1) {
     constexpr int WHOLE = Code<BITS>::WORDS / 4;
 #pragma unroll
     for (int i = 0; i < WHOLE; i++) {
+        if (4 * i < first || 4 * i > last) continue;
         const uint4 v = load16(i * 512 + lane * 16);
         words[4 * i] = v.x; words[4 * i + 1] = v.y; words[4 * i + 2] = v.z; words[4 * i + 3] = v.w;
     }
-    if constexpr (Code<BITS>::WORDS % 4) {
+    if (Code<BITS>::WORDS % 4 && 4 * WHOLE >= first && 4 * WHOLE <= last) {
         const uint2 v = load8(WHOLE * 512 + lane * 8);
         words[4 * WHOLE] = v.x; words[4 * WHOLE + 1] = v.y;
     }

@@ -28,30 +28,35 @@ DEVICE void decode_groups(int (&acc)[BLOCKS][OCTETS][4], const u8* blocks, const
     wait_for_predecessor();
     ready();
 
-    // Fragments of the tokens, one group ahead; zeros for tokens that do not exist.
-    u32 next[OCTETS][8];
-    auto load_tokens = [&](int i) {
+    // Fragments of the tokens, one group ahead. Tokens that do not exist are copies of the last one:
+    // their columns are never stored.
+    constexpr int TURNS = AHEAD % 2 ? 1 : 2;
+    u32 tokens[TURNS][OCTETS][8];
+    const u32* from[OCTETS];
 #pragma unroll
-        for (int q = 0; q < OCTETS; q++) {
-            const int token = 8 * q + g;
-            const u32* at = reinterpret_cast<const u32*>(
-                x.codes + ((long long)token * w.groups + warp + i * WARPS) * GROUP) + t;
+    for (int q = 0; q < OCTETS; q++)
+        from[q] = reinterpret_cast<const u32*>(x.codes + ((long long)min(8 * q + g, x.m - 1) * w.groups + warp) * GROUP) + t;
+    auto load_tokens = [&](u32 (&to)[OCTETS][8], int i) {
 #pragma unroll
-            for (int v = 0; v < 8; v++) next[q][v] = token < x.m ? at[4 * v] : 0;
-        }
+        for (int q = 0; q < OCTETS; q++)
+#pragma unroll
+            for (int v = 0; v < 8; v++) to[q][v] = from[q][i * (WARPS * GROUP / 4) + 4 * v];
     };
-    if (mine > 0) load_tokens(0);
+    if (mine > 0) load_tokens(tokens[0], 0);
     for (int first = 0; first < mine; first += AHEAD) {
 #pragma unroll
         for (int slot = 0; slot < AHEAD; slot++) {
             const int i = first + slot;
             if (i >= mine) break;
-            u32 tokens[OCTETS][8];
+            u32 now[OCTETS][8];
+            if constexpr (TURNS == 1) {
 #pragma unroll
-            for (int q = 0; q < OCTETS; q++)
+                for (int q = 0; q < OCTETS; q++)
 #pragma unroll
-                for (int v = 0; v < 8; v++) tokens[q][v] = next[q][v];
-            if (i + 1 < mine) load_tokens(i + 1);
+                    for (int v = 0; v < 8; v++) now[q][v] = tokens[0][q][v];
+            }
+            if (i + 1 < mine) load_tokens(tokens[(slot + 1) % TURNS], i + 1);
+            const u32 (&used)[OCTETS][8] = TURNS == 1 ? now : tokens[slot % TURNS];
 #pragma unroll
             for (int r = 0; r < BLOCKS; r++) {
                 const Steps steps(meta[slot][r]);
@@ -60,7 +65,7 @@ DEVICE void decode_groups(int (&acc)[BLOCKS][OCTETS][4], const u8* blocks, const
                     u32 a[4];
                     dequantize<BITS>(words[slot][r], steps, j, a);
 #pragma unroll
-                    for (int q = 0; q < OCTETS; q++) mma(acc[r][q], a, tokens[q][2 * j], tokens[q][2 * j + 1]);
+                    for (int q = 0; q < OCTETS; q++) mma(acc[r][q], a, used[q][2 * j], used[q][2 * j + 1]);
                 }
             }
             request(slot, i + AHEAD);
@@ -73,7 +78,7 @@ DEVICE void decode(const Weights& w, const Activations& x, const Output& out) {
     constexpr int ROWS = 16 * BLOCKS, TOKENS = 8 * OCTETS, PITCH_ = ROWS + 4;  // + 4: no bank conflicts
     constexpr int THREADS = 32 * WARPS, EACH = (ROWS * TOKENS + THREADS - 1) / THREADS;
     __shared__ int partial[WARPS][TOKENS * PITCH_];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, warp = uniform(threadIdx.x >> 5);
     const int tile = w.tiles - 1 - blockIdx.x / (4 / BLOCKS);  // wide rows first: they take longest
     const int block0 = blockIdx.x % (4 / BLOCKS) * BLOCKS;
 

@@ -100,17 +100,21 @@ def _header(name: str) -> str:
 def _width(bits: int) -> str:
     """`Code<bits>`: how a lane's packed words become the fragment of a k-step."""
     lanes, words = LANES[bits], 2 * bits
-    lines = []
+    lines, last = [], []
     for j in range(4):
         assignments = []
         for q in range(4):
             unit, code = divmod(4 * j + q, len(lanes.codes))
             assignments.append(f"a[{q}] = {_expression(lanes.codes[code], unit * lanes.words)};")
         lines.append(f"        {'else ' if j else ''}if (j == {j}) {{ {' '.join(assignments)} }}")
+        last.append((unit + 1) * lanes.words - 1)
     body = "\n".join(lines)
+    steps = " : ".join(f"j == {j} ? {word}" for j, word in enumerate(last[:-1]))
     return f"""
 template <> struct Code<{bits}> {{
     static constexpr int WORDS = {words}, CODES = {code_bytes(bits)}, BLOCK = {block_bytes(bits)};
+    // The last word that step j needs.
+    DEVICE static constexpr int last_word(int j) {{ return {steps} : {last[-1]}; }}
     DEVICE static void fragment(const u32 (&w)[WORDS], int j, u32 (&a)[4]) {{
 {body}
     }}
@@ -149,12 +153,13 @@ def _wgmma(n: int) -> str:
     a = ", ".join(f"%{count + i}" for i in range(4))
     return f"""
 template <> struct Wgmma<{n}> {{
-    DEVICE static void mma(int (&d)[{count}], const u32 (&a)[4], u64 b) {{
-        asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, 1, 0;\\n"
+    DEVICE static void mma(int (&d)[{count}], const u32 (&a)[4], u32 b) {{
+        asm volatile("{{\\n.reg .pred p;\\n.reg .b64 b;\\n"
+            "setp.ne.b32 p, 1, 0;\\nmov.b64 b, {{%{count + 4}, 0x40000040}};\\n"
             "wgmma.mma_async.sync.aligned.m64n{n}k32.s32.u8.s8 "
-            "{{{registers}}}, {{{a}}}, %{count + 4}, p;\\n}}\\n"
+            "{{{registers}}}, {{{a}}}, b, p;\\n}}\\n"
             : {operands}
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
     }}
 }};
 

@@ -41,8 +41,12 @@ template <int PENDING> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group
 // as in `mma`), B from shared memory. acc[4i + c]: row 16w + g + 8*(c >> 1), token 8i + 2t + (c & 1).
 template <int N> struct Wgmma;  // generated
 
-// B: rows of 128 bytes, 128-byte swizzle, 8 rows in 1,024 bytes; + 2 is the next 32 bytes of k.
-DEVICE u64 token_descriptor(u32 a) { return (u64)((a & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
+// B: rows of 128 bytes, 128-byte swizzle, 8 rows in 1,024 bytes. The low word of its descriptor; + 2 is
+// the next 32 bytes of k. The high word is the constant in `Wgmma`.
+DEVICE u32 token_descriptor(u32 a) { return ((a & 0x3ffff) >> 4) | (1u << 16); }
+
+// Not to be computed again at every use.
+DEVICE u32 kept(u32 v) { asm volatile("" : "+r"(v)); return v; }
 
 constexpr u32 SLOT = TILE * GROUP;  // shared memory for one block of any width
 
@@ -56,27 +60,34 @@ struct Blocks {
 };
 
 // A warp's words and metadata of a block in shared memory.
-template <int BITS> DEVICE u32 load_block(u32 block, int warp, int lane, u32 (&words)[Code<BITS>::WORDS]) {
+template <int BITS>
+DEVICE void load_block(u32 block, int warp, int lane, u32 (&words)[Code<BITS>::WORDS], int first = 0, int last = Code<BITS>::WORDS - 1) {
     const u32 codes = block + warp * WARP_BYTES<BITS>;
-    load_words<BITS>(words, [&](int at) { return shared16(codes + at); }, [&](int at) { return shared8(codes + at); }, lane);
+    load_words<BITS>(words, [&](int at) { return shared16(codes + at); }, [&](int at) { return shared8(codes + at); }, lane, first, last);
+}
+template <int BITS> DEVICE u32 load_meta(u32 block, int warp, int lane) {
     if constexpr (BITS < 8) return shared4(block + Code<BITS>::CODES + warp * 32 + (lane >> 2) * 4);
     return 0;
 }
 
-// One group with the k-steps as pipeline: two fragments, one is made while the other multiplies.
+// One group as a pipeline of two halves: the fragments of one are made while the other multiplies.
 // `landed` runs after the wait that ends all reading of the previous group.
 template <int BITS, int N, class LANDED>
-DEVICE void multiply_group(int (&acc)[N / 2], u32 (&a)[2][4], u32 tokens, u32 block, int warp, int lane, LANDED landed) {
-    const u64 b = token_descriptor(tokens);
+DEVICE void multiply_group(int (&acc)[N / 2], u32 (&a)[2][2][4], u32 tokens, u32 block, int warp, int lane, LANDED landed) {
+    const u32 b = token_descriptor(tokens);
     u32 words[Code<BITS>::WORDS];
-    const Steps steps(load_block<BITS>(block, warp, lane, words));
+    const Steps steps(load_meta<BITS>(block, warp, lane));
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        dequantize<BITS>(words, steps, j, a[j & 1]);
+    for (int half = 0; half < 2; half++) {
+        // Words when they are first needed: that keeps registers free.
+        load_block<BITS>(block, warp, lane, words, half ? Code<BITS>::last_word(1) + 1 : 0, Code<BITS>::last_word(2 * half + 1));
+#pragma unroll
+        for (int j = 0; j < 2; j++) dequantize<BITS>(words, steps, 2 * half + j, a[half][j]);
         wgmma_fence();
-        Wgmma<N>::mma(acc, a[j & 1], b + 2 * j);
+#pragma unroll
+        for (int j = 0; j < 2; j++) Wgmma<N>::mma(acc, a[half][j], b + 4 * half + 2 * j);
         wgmma_commit();
         wgmma_wait<1>();
-        if (j == 0) landed();
+        if (half == 0) landed();
     }
 }

@@ -15,7 +15,7 @@ DEVICE void middle_groups(int (&acc)[TOKENS / 2], u32 smem, u32 stage_bytes, u32
     auto advance = [&]() { previous = stage; stage += SPLIT; if (stage >= STAGES) { stage -= STAGES; phase ^= 1; } };
     auto block = [&]() { return smem + stage * stage_bytes + TOKEN_BYTES + tile * SLOT; };
     if constexpr (PIPELINE == 2) {
-        u32 a[2][4];
+        u32 a[2][2][4];
         for (int i = 0; i < groups; i++) {
             barrier_wait(full + 8 * stage, phase);
             multiply_group<BITS, TOKENS>(acc, a, smem + stage * stage_bytes, block(), warp, lane,
@@ -25,9 +25,10 @@ DEVICE void middle_groups(int (&acc)[TOKENS / 2], u32 smem, u32 stage_bytes, u32
     } else {
         auto group = [&](u32 (&a)[4][4], int i) {
             barrier_wait(full + 8 * stage, phase);
-            const u64 b = token_descriptor(smem + stage * stage_bytes);
+            const u32 b = token_descriptor(smem + stage * stage_bytes);
             u32 words[Code<BITS>::WORDS];
-            const Steps steps(load_block<BITS>(block(), warp, lane, words));
+            const Steps steps(load_meta<BITS>(block(), warp, lane));
+            load_block<BITS>(block(), warp, lane, words);
 #pragma unroll
             for (int j = 0; j < 4; j++) dequantize<BITS>(words, steps, j, a[j]);
             wgmma_fence();
@@ -63,12 +64,12 @@ template <int TOKENS, int STAGES, int RANKS, int PIPELINE, int TILES, int SPLIT,
 DEVICE void middle(const TensorMap& map, const Weights& w, const Activations& x, const Output& out) {
     using S = Middle<TOKENS, STAGES, RANKS, TILES, SPLIT, TYPE>;
     extern __shared__ u8 memory[];
-    const u32 smem = (shared_address(memory) + 1023) & ~1023u, full = smem + S::RING, empty = full + 8 * STAGES;
+    const u32 smem = kept((shared_address(memory) + 1023) & ~1023u), full = smem + S::RING, empty = full + 8 * STAGES;
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int rank = RANKS > 1 ? cluster_rank() : 0, token_tiles = (x.m + TOKENS - 1) / TOKENS;
     const int item = blockIdx.x / RANKS, row0 = item / token_tiles * TILES, token0 = item % token_tiles * TOKENS;
     const int group0 = w.groups * rank / RANKS, groups = w.groups * (rank + 1) / RANKS - group0;
-    const int warpgroup = threadIdx.x >> 7, half = warpgroup % TILES, set = warpgroup / TILES;
+    const int warpgroup = uniform(threadIdx.x >> 7), half = warpgroup % TILES, set = warpgroup / TILES;
     const int warp = (threadIdx.x >> 5) & 3, tid = threadIdx.x & 127;
     const bool consumer = threadIdx.x < 32 * S::WARPS;
     // Wide rows first. Where the last pair lacks a tile, tile 0 is computed twice and stored once.

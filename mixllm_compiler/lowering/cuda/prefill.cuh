@@ -12,9 +12,9 @@ template <int TOKENS, int STAGES, int BAND, int TYPE>
 DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x, const Output& out) {
     using S = Prefill<TOKENS, STAGES, TYPE>;
     extern __shared__ u8 memory[];
-    const u32 smem = (shared_address(memory) + 1023) & ~1023u, full = smem + S::BARRIERS, empty = full + 8 * STAGES;
+    const u32 smem = kept((shared_address(memory) + 1023) & ~1023u), full = smem + S::BARRIERS, empty = full + 8 * STAGES;
     const int token_tiles = (x.m + TOKENS - 1) / TOKENS, pairs = (w.tiles + 1) / 2, items = token_tiles * pairs;
-    const int warpgroup = threadIdx.x >> 7, tid = threadIdx.x & 127;
+    const int warpgroup = uniform(threadIdx.x >> 7), tid = threadIdx.x & 127;
     auto locate = [&](int item, int& pair, int& token0) {
         const int band = item / (BAND * pairs), inside = item - band * BAND * pairs, wide = min(BAND, token_tiles - band * BAND);
         pair = inside / wide;
@@ -74,13 +74,13 @@ DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
         int pair, token0, previous = 0;
         locate(item, pair, token0);
-        const int tile = tile_of(pair, half);
+        const int tile = uniform(tile_of(pair, half));
         int acc[TOKENS / 2];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0;
         auto free = [&](int s) { if (lane == 0) barrier_arrive(empty + 8 * s); };
         by_width(w, tile, [&](auto bits, const u8*) {
-            u32 a[2][4];
+            u32 a[2][2][4];
             for (int i = 0; i < w.groups; i++) {
                 barrier_wait(full + 8 * stage, phase);
                 const u32 at = smem + stage * S::STAGE;

@@ -42,7 +42,7 @@ def test_a_kernel_has_code_for_its_own_widths_only():
 
 
 def test_types_without_kernels_are_refused():
-    with pytest.raises(LoweringError, match="bf16, fp16 and fp32, not torch.float64"):
+    with pytest.raises(LoweringError, match=r"bf16, fp16 and fp32, not torch\.float64"):
         generate(linear("mma:64,4", out=torch.float64))
 
 
