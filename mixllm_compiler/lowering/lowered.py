@@ -55,6 +55,9 @@ IMPLEMENTATIONS = {
 }
 """Kernel name → `module:class`, imported at the first call: Triton only where it is used."""
 
+FUSED_HADAMARD = frozenset({"cuda.v1"})
+"""Kernels whose quantizer transforms x itself: nothing is gained by a separate op in front."""
+
 WHOLE_SUMS = frozenset({"cuda.v1"})
 """Kernels whose quantizer sums the codes of a token, not of a group."""
 

@@ -49,7 +49,7 @@ def choose(m: int, tiles: int, groups: int, target: Target, multiprocessors: int
 def table(target: Target) -> tuple[Entry, ...]:
     """What was timed on this GPU, empty where nothing was."""
     name = re.sub(r"[^a-z0-9]+", "-", target.name.lower()).strip("-")
-    file = resources.files(__package__).joinpath("tables", f"{name}.json")
+    file = resources.files(__package__) / "tables" / f"{name}.json"
     if not name or not file.is_file():
         return ()
     found = json.loads(file.read_text(encoding="utf-8"))
