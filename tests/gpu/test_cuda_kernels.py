@@ -32,7 +32,7 @@ MIXES = {
     "71 % of 8": ((4, 8), 0.71),
     "all widths": (WIDTHS, None),
 }
-PORTABLE = ["decode:1,1,8,4", "decode:1,2,16,2", "decode:2,2,8,2", "mma:32,4", "mma:64,4"]
+PORTABLE = ["decode:1,1,8,4", "decode:1,2,16,2", "decode:2,2,8,1", "mma:32,4", "mma:64,4"]
 
 
 def variants() -> list[str]:
@@ -116,7 +116,8 @@ def trying(variant, **options):
 def test_every_variant_gives_the_bits_of_the_definition(variant, rows):
     linear = Linear(random_weight(333, 700, mix(333, *MIXES[rows])))
     bias = torch.randn(333, device="cuda").bfloat16()
-    top = {"decode": 8 * int(variant.split(":")[1][0])}.get(variant.split(":")[0], 600)
+    regime, sizes = variant.split(":")
+    top = 8 * int(sizes[0]) if regime in ("decode", "staged") else 600
     with trying(variant):
         for m in [m for m in (1, 2, 7, 8, 9, 16, 17, 33, 64, 129, 255, 257, 520) if m <= top]:
             linear.check(activation(m, 700), bias=bias)
@@ -153,6 +154,14 @@ def test_tiles_of_neighbouring_rows(n, m, dtype):
     Linear(random_weight(n, 256, torch.arange(n) // 128 % 2 * 4 + 4)).check(
         activation(m, 256), dtype
     )
+
+
+@pytest.mark.parametrize("tokens", ["128,5,4", "256,3,4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_persistent_ctas_come_to_odd_tiles_more_than_once(tokens, dtype):
+    linear = Linear(random_weight(150, 200, mix(150, (4,))))  # three tiles, two pairs
+    with trying(f"prefill:{tokens}"):
+        linear.check(activation(90_000, 200), dtype)
 
 
 @pytest.mark.parametrize("value", [127, -127, None])

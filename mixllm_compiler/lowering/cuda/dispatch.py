@@ -71,6 +71,8 @@ def shipped(target: Target) -> set[Variant]:
 def by_rule(m: int, tiles: int, groups: int, target: Target, multiprocessors: int) -> Variant:
     """A good variant without a table."""
     if m <= DECODE_TOKENS:
+        if m > 8 and target.capability == (9, 0):
+            return Variant("staged", (2, 2, 8, 2, 4))
         return _decode(m, tiles, multiprocessors)
     if target.capability != (9, 0):
         return Variant("mma", (32 if m <= 32 else 64, 4))
@@ -80,9 +82,11 @@ def by_rule(m: int, tiles: int, groups: int, target: Target, multiprocessors: in
 def _decode(m: int, tiles: int, multiprocessors: int) -> Variant:
     octets = 1 if m <= 8 else 2
     # All CTAs in one wave of many warps each, or many small ones.
+    if octets == 2:
+        return Variant("decode", (octets, 2, 8, 1))
     if 2 * tiles <= multiprocessors:
         return Variant("decode", (octets, 2, 16, 2))
-    if tiles <= multiprocessors or octets == 2:
+    if tiles <= multiprocessors:
         return Variant("decode", (octets, 2, 8, 2))
     return Variant("decode", (octets, 1, 8, 4))
 
@@ -97,35 +101,49 @@ def _hopper(m: int, tiles: int, multiprocessors: int) -> Variant:
         return Variant("middle", (128, 8, 1, 2, 1, 1, 2) if few else (128, 6, 1, 1, 1, 2, 1))
     if m <= 256:
         return (
-            Variant("middle", (128, 6, 1, 1, 1, 2, 1)) if few else Variant("prefill", (256, 4, 4))
+            Variant("middle", (128, 6, 1, 1, 1, 2, 1)) if few else Variant("prefill", (256, 3, 4))
         )
     if -(-tiles // 2) * -(-m // 256) < multiprocessors:
         return Variant("middle", (128, 6, 1, 1, 1, 2, 1))
-    return Variant("prefill", (256, 4, 4))
+    return Variant("prefill", (256, 3, 4))
 
 
 def candidates(m: int, target: Target) -> list[Variant]:
     """What `bench/tune_gemm.py` times for M tokens."""
+    hopper = target.capability == (9, 0)
     if m <= DECODE_TOKENS:
         octets = 1 if m <= 8 else 2
-        sizes = _DECODE if octets == 1 else _DECODE_TWO_OCTETS
-        return [Variant.parse(f"decode:{octets},{text}") for text in sizes.split()]
-    if target.capability != (9, 0):
+        texts = [f"decode:{octets},{sizes}" for sizes in _DECODE[octets].split()]
+        if hopper:
+            texts += [f"staged:{octets},{sizes}" for sizes in _STAGED[octets].split()]
+            texts += _SIXTEEN.split() if octets == 2 else []
+        return [Variant.parse(text) for text in texts]
+    if not hopper:
         return [Variant("mma", (tokens, 4)) for tokens in (32, 64, 128)]
     found = [Variant.parse(text) for text in _HOPPER.split()]
     least = next((tokens for tokens in (32, 64, 128, 256) if m <= tokens), 256)
     return [v for v in found if v.tokens in (least, least // 2) or (m > 256 and v.tokens == 128)]
 
 
-_DECODE = "1,8,2 1,8,4 1,16,2 1,16,4 2,8,1 2,8,2 2,8,4 2,16,1 2,16,2 4,8,1 4,16,1 1,4,4 2,4,4"
-_DECODE_TWO_OCTETS = "1,8,2 1,8,4 2,8,1 2,8,2 2,16,1 4,8,1 2,4,2"
+_DECODE = {
+    1: "1,8,2 1,8,4 1,16,2 2,8,1 2,8,2 2,16,1 2,16,2 4,8,1 1,4,4",
+    2: "2,8,1 2,8,2 2,16,1",
+}
+_STAGED = {
+    1: "1,8,2,4 1,8,4,4 2,8,1,4 2,8,2,4 2,16,1,2 2,16,2,2 2,16,2,4 4,8,1,4",
+    2: "1,8,2,4 1,8,4,4 2,8,1,2 2,8,1,4 2,8,2,2 2,8,2,4 2,16,1,2",
+}
+_SIXTEEN = """
+middle:16,8,1,1,2,2,1 middle:16,8,2,1,2,1,1 middle:16,6,2,1,3,1,1 middle:16,8,1,1,2,1,2
+middle:16,12,1,1,1,2,2
+"""
 _HOPPER = """
 middle:32,5,1,1,2,2,1 middle:32,8,1,1,1,2,2 middle:32,8,2,1,1,2,2 middle:32,12,1,1,1,1,4
 middle:32,8,1,1,2,1,2 middle:32,8,2,1,2,1,2 middle:32,5,4,1,3,1,1 middle:32,5,2,1,3,1,1
-middle:32,8,2,1,1,1,2
+middle:32,8,2,1,1,1,2 middle:32,8,1,1,1,2,1
 middle:64,4,1,0,2,2,1 middle:64,8,1,0,1,2,2 middle:64,8,2,0,1,2,2 middle:64,12,1,0,1,1,4
-middle:64,6,1,0,2,1,2 middle:64,6,2,0,2,1,2 middle:64,4,4,0,3,1,1
+middle:64,6,1,0,2,1,2 middle:64,6,2,0,2,1,2 middle:64,4,4,0,3,1,1 middle:64,4,2,0,3,1,1
 middle:128,6,1,1,1,2,1 middle:128,6,2,1,1,2,1 middle:128,8,1,2,1,1,2 middle:128,8,2,2,1,1,2
-middle:128,4,1,2,2,1,1 middle:128,4,2,2,2,1,1
-prefill:128,6,4 prefill:128,6,8 prefill:256,4,2 prefill:256,4,4 prefill:256,4,8
+middle:128,4,1,2,2,1,1 middle:128,4,2,2,2,1,1 middle:128,4,4,2,2,1,1
+prefill:128,5,2 prefill:128,5,4 prefill:128,5,8 prefill:256,3,2 prefill:256,3,4 prefill:256,3,8
 """

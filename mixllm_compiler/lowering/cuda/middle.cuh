@@ -55,7 +55,7 @@ template <int TOKENS, int STAGES, int RANKS, int TILES, int SPLIT, int TYPE> str
     static constexpr int PARTS = RANKS * SPLIT, MINE = TOKENS / PARTS, WARPS = 4 * TILES * SPLIT;
     static constexpr u32 STAGE = TOKENS * GROUP + TILES * SLOT, RING = STAGES * STAGE;
     static constexpr u32 RECEIVED = PARTS > 1 ? SPLIT * PARTS * TILES * MINE * 256 : 0;
-    static constexpr u32 BYTES = RING + 16 * STAGES + 1024;  // + 1024: alignment
+    static constexpr u32 BARRIERS = RING, META = BARRIERS + 16 * STAGES;
     static_assert(STAGES % SPLIT == 0, "else a stage changes its set, and a parity wait can pass a round early");
     static_assert(MINE % 8 == 0 && RECEIVED + SPLIT * TILES * MINE * PITCH<TYPE> <= RING, "");
 };
@@ -64,7 +64,7 @@ template <int TOKENS, int STAGES, int RANKS, int PIPELINE, int TILES, int SPLIT,
 DEVICE void middle(const TensorMap& map, const Weights& w, const Activations& x, const Output& out) {
     using S = Middle<TOKENS, STAGES, RANKS, TILES, SPLIT, TYPE>;
     extern __shared__ u8 memory[];
-    const u32 smem = kept((shared_address(memory) + 1023) & ~1023u), full = smem + S::RING, empty = full + 8 * STAGES;
+    const u32 smem = kept((shared_address(memory) + 1023) & ~1023u), full = smem + S::BARRIERS, empty = full + 8 * STAGES;
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int rank = RANKS > 1 ? cluster_rank() : 0, token_tiles = (x.m + TOKENS - 1) / TOKENS;
     const int item = blockIdx.x / RANKS, row0 = item / token_tiles * TILES, token0 = item % token_tiles * TOKENS;
@@ -110,6 +110,10 @@ DEVICE void middle(const TensorMap& map, const Weights& w, const Activations& x,
         __syncwarp();
     } else {
         wait_for_predecessor();
+        for (int i = threadIdx.x; i < SPLIT * S::MINE; i += 32 * S::WARPS) {
+            const int token = token0 + rank * SPLIT * S::MINE + i;
+            put_token(smem + S::META + 8 * i, token < x.m ? x.scales[token] : 0.f, token < x.m ? x.sums[token] : 0);
+        }
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0;
         by_width(w, tile_of(half), [&](auto bits, const u8*) {
@@ -166,12 +170,8 @@ DEVICE void middle(const TensorMap& map, const Weights& w, const Activations& x,
     const u32 chunk = smem + S::RECEIVED + warpgroup * (S::MINE * PITCH<TYPE>);
 #pragma unroll
     for (int i = 0; i < S::MINE / 8; i++) {
-        const int token = first + 8 * i + 2 * t;
-        const float x0 = token < x.m ? x.scales[token] : 0.f, x1 = token + 1 < x.m ? x.scales[token + 1] : 0.f;
-        const int sum0 = token < x.m ? x.sums[token] : 0, sum1 = token + 1 < x.m ? x.sums[token + 1] : 0;
-        const float y[4] = {finish(out, own[4 * i], sum0, s0, x0, b0), finish(out, own[4 * i + 1], sum1, s0, x1, b0),
-                            finish(out, own[4 * i + 2], sum0, s1, x0, b1), finish(out, own[4 * i + 3], sum1, s1, x1, b1)};
-        put_octet<TYPE>(chunk, 8 * i, warp, lane, y);
+        const TokenPair pair(smem + S::META + 8 * (set * S::MINE + 8 * i + 2 * t));
+        finish_octet<TYPE>(out, chunk, 8 * i, warp, lane, own + 4 * i, pair, s0, s1, b0, b1);
     }
     sync_threads(1 + warpgroup, 128);
     store_chunk<TYPE, S::MINE>(chunk, to, out, w.n, first, x.m, warp, lane);

@@ -3,9 +3,12 @@
 // every BLOCK elements, in the definition's order of additions and rounded to the type of x as there;
 // 8 elements are a thread's own, BLOCK / 8 neighbouring lanes exchange theirs.
 template <int TYPE> DEVICE float rounded_to(float v) {
-    if constexpr (TYPE == 2) return v;
-    const u16 raw = (u16)Float<TYPE>::pair(v, v);
-    return float_at<TYPE>(&raw, 0);
+    if constexpr (TYPE == 2) {
+        return v;
+    } else {
+        const u16 raw = (u16)Float<TYPE>::pair(v, v);
+        return float_at<TYPE>(&raw, 0);
+    }
 }
 
 template <int TYPE> DEVICE void load_eight(const void* row, int at, int k, bool whole, float (&v)[8]) {
@@ -47,17 +50,33 @@ template <int BLOCK, int TYPE> DEVICE void hadamard(float (&v)[8], int lane) {
     for (int i = 0; i < 8; i++) v[i] = rounded_to<TYPE>(__fmul_rn(v[i], scale));
 }
 
-// round(v / scale) of IEEE division, half to even. A product with the reciprocal is at most 3e-5 off for
-// quotients up to 127, so it decides unless it lies near a half; then, and for scales whose reciprocal
-// is not a normal number, the division is done.
-struct Divider {
+// Adding 1.5 * 2^23 leaves no bits for a fraction: the sum is rounded half to even, and its lowest byte
+// is the code. Conversions to integers would take the slow unit.
+constexpr float MAGIC = 12582912.f;
+
+// Eight codes as bytes: v / scale by IEEE division, half to even, in [-127, 127]; NaN gives 0. A product
+// with the reciprocal is at most 3e-5 off for quotients up to 127, so it decides unless one lies near a
+// half; then, and for scales whose reciprocal is not a normal number, the divisions are done.
+struct Coder {
     float scale, inverse;
-    DEVICE explicit Divider(float s) : scale(s), inverse(s > 1e-30f && s < 1e30f ? __frcp_rn(s) : __int_as_float(0x7fc00000)) {}
-    DEVICE int operator()(float v) const {
-        const float quotient = v * inverse;
-        int code = __float2int_rn(quotient);
-        if (!(fabsf(quotient - (float)code) < 0.4999f)) code = __float2int_rn(__fdiv_rn(v, scale));
-        return max(-127, min(127, code));
+    DEVICE explicit Coder(float s) : scale(s), inverse(s > 1e-30f && s < 1e30f ? __frcp_rn(s) : __int_as_float(0x7fc00000)) {}
+    DEVICE uint2 operator()(const float (&v)[8]) const {
+        u32 bits[8];
+        float off = 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float quotient = __fmul_rn(v[i], inverse), sum = __fadd_rn(quotient, MAGIC);
+            bits[i] = __float_as_uint(sum);
+            off = fmaxf(off, fabsf(__fsub_rn(quotient, __fsub_rn(sum, MAGIC))));
+        }
+        if (!(off < 0.49995f && inverse == inverse)) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) bits[i] = (u32)max(-127, min(127, __float2int_rn(__fdiv_rn(v[i], scale))));
+        }
+        return make_uint2(pack(bits), pack(bits + 4));
+    }
+    DEVICE static u32 pack(const u32* b) {
+        return __byte_perm(__byte_perm(b[0], b[1], 0x0040), __byte_perm(b[2], b[3], 0x0040), 0x5410);
     }
 };
 
@@ -74,32 +93,29 @@ DEVICE void quantize(const void* x, long long row_stride, s8* codes, float* scal
     float v[EACH][8];
 #pragma unroll
     for (int e = 0; e < EACH; e++) load_eight<TYPE>(row, (e * blockDim.x + threadIdx.x) * 8, k, whole, v[e]);
-    u32 largest = 0;  // of |x| as bits: they order like the floats, and a NaN wins
+    float most = 0.f;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         if constexpr (BLOCK > 0) hadamard<BLOCK, TYPE>(v[e], lane);
 #pragma unroll
-        for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(v[e][i]) & 0x7fffffff);
+        for (int i = 0; i < 8; i++) asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(fabsf(v[e][i])));
     }
+    // As bits they order like the floats, and a NaN wins.
+    u32 largest = __float_as_uint(most);
     largest = __reduce_max_sync(~0u, largest);
     if (lane == 0) largest_of[warp] = largest;
     __syncthreads();
     largest = __reduce_max_sync(~0u, lane < warps ? largest_of[lane] : 0);
     float scale = __fdiv_rn(__uint_as_float(largest), 127.f);
     if (scale == 0.f) scale = 1.f;  // all zero, or so small that the division gave zero
-    const Divider code_of(scale);
+    const Coder code(scale);
     int sum = 0;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         const int at = (e * blockDim.x + threadIdx.x) * 8;
-        u32 packed[2] = {0, 0};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int code = code_of(v[e][i]);
-            sum += code;
-            packed[i / 4] |= (u32)(code & 255) << (8 * (i % 4));
-        }
-        if (at < padded) *reinterpret_cast<uint2*>(codes + (long long)blockIdx.x * padded + at) = make_uint2(packed[0], packed[1]);
+        const uint2 packed = code(v[e]);
+        sum = __dp4a((int)packed.x, 0x01010101, __dp4a((int)packed.y, 0x01010101, sum));
+        if (at < padded) *reinterpret_cast<uint2*>(codes + (long long)blockIdx.x * padded + at) = packed;
     }
     sum = __reduce_add_sync(~0u, sum);
     if (lane == 0) sum_of[warp] = sum;

@@ -45,16 +45,39 @@ template <int TYPE> DEVICE void put_octet(u32 chunk, int token0, int warp, int l
     }
 }
 
-// Tokens token0 ... token0 + TOKENS - 1 of a chunk, those below m.
-template <int TYPE, int TOKENS>
+// What the last arithmetic needs of two tokens: scale and sum of each, 16 bytes in shared memory.
+struct TokenPair {
+    float scale0, scale1;
+    int sum0, sum1;
+    DEVICE explicit TokenPair(u32 at) {
+        const uint4 v = shared16(at);
+        scale0 = __uint_as_float(v.x); sum0 = (int)v.y;
+        scale1 = __uint_as_float(v.z); sum1 = (int)v.w;
+    }
+};
+DEVICE void put_token(u32 at, float scale, int sum) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" :: "r"(at), "r"(__float_as_uint(scale)), "r"(sum) : "memory");
+}
+
+// Eight tokens of accumulators: finished and put into a chunk. `pair` is that of the lane's two tokens.
+template <int TYPE>
+DEVICE void finish_octet(const Output& out, u32 chunk, int token0, int warp, int lane, const int* acc, const TokenPair& pair,
+                         float s0, float s1, float b0, float b1) {
+    const float y[4] = {finish(out, acc[0], pair.sum0, s0, pair.scale0, b0), finish(out, acc[1], pair.sum1, s0, pair.scale1, b0),
+                        finish(out, acc[2], pair.sum0, s1, pair.scale0, b1), finish(out, acc[3], pair.sum1, s1, pair.scale1, b1)};
+    put_octet<TYPE>(chunk, token0, warp, lane, y);
+}
+
+// Tokens token0 ... token0 + TOKENS - 1 of a chunk, those below m, by WARPS warps.
+template <int TYPE, int TOKENS, int WARPS = 4>
 DEVICE void store_chunk(u32 chunk, const Columns& to, const Output& out, int n, int token0, int m, int warp, int lane) {
     using Raw = typename Float<TYPE>::Raw;
     Raw* y = reinterpret_cast<Raw*>(out.y) + (long long)token0 * n;
     if (to.first >= 0) {
         constexpr int WORDS = PITCH<TYPE> / 16, EACH = 16 / sizeof(Raw), AT_ONCE = 32 / WORDS;
         const int word = lane % WORDS;
-#pragma unroll
-        for (int i = 0; i < TOKENS; i += 4 * AT_ONCE) {
+#pragma unroll 4
+        for (int i = 0; i < TOKENS; i += WARPS * AT_ONCE) {
             const int token = i + warp * AT_ONCE + lane / WORDS;
             const uint4 v = shared16(chunk_address<TYPE>(chunk, token, word * EACH));
             if (token < TOKENS && token0 + token < m)
@@ -63,7 +86,7 @@ DEVICE void store_chunk(u32 chunk, const Columns& to, const Output& out, int n, 
         return;
     }
 #pragma unroll 4
-    for (int token = warp; token < TOKENS; token += 4) {
+    for (int token = warp; token < TOKENS; token += WARPS) {
         if (token0 + token >= m) break;
         Raw* row = y + (long long)token * n;
         const u32 a0 = chunk_address<TYPE>(chunk, token, lane), a1 = chunk_address<TYPE>(chunk, token, lane + 32);

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ...errors import OptionError
 from .layout import TILE
 
-_FIELDS = {"decode": 4, "mma": 2, "middle": 7, "prefill": 3}
+_FIELDS = {"decode": 4, "staged": 5, "mma": 2, "middle": 7, "prefill": 3}
+_READ_TILES = ("staged", "middle", "prefill")
 _SLOT = 8192  # shared memory for a block of any width
 _GROUP = 128
 
@@ -58,17 +59,18 @@ class Variant:
     @property
     def architecture(self) -> tuple[int, int]:
         """The oldest compute capability that it runs on."""
-        return (9, 0) if self.regime in ("middle", "prefill") else (8, 0)
+        return (9, 0) if self.reads_tiles else (8, 0)
 
     @property
     def tokens(self) -> int:
         """Tokens that a CTA computes together."""
-        return 8 * self.sizes[0] if self.regime == "decode" else self.sizes[0]
+        few = self.regime in ("decode", "staged")
+        return 8 * self.sizes[0] if few else self.sizes[0]
 
     @property
     def reads_tiles(self) -> bool:
         """Whether activations come through a tensor map, in boxes of `tokens` × 128."""
-        return self.regime in ("middle", "prefill")
+        return self.regime in _READ_TILES
 
     @property
     def stage_bytes(self) -> int:
@@ -79,19 +81,21 @@ class Variant:
     def launch(self, m: int, tiles: int, multiprocessors: int) -> Launch:
         """Grid and memory for M tokens and so many tiles of rows."""
         token_tiles = -(-m // self.tokens)
-        if self.regime == "decode":
-            _, blocks, warps, _ = self.sizes
-            return Launch(tiles * (TILE // 16 // blocks), 32 * warps, 0)
+        if self.regime in ("decode", "staged"):
+            octets, blocks, warps, _, *slots = self.sizes
+            shared = warps * slots[0] * (octets * 1024 + 8) + 1024 if slots else 0
+            return Launch(tiles * (TILE // 16 // blocks), 32 * warps, shared)
         if self.regime == "mma":
             return Launch(tiles * token_tiles, 128, 0)
         if self.regime == "middle":
             _, stages, ranks, _, _, rows, sets = self.sizes
-            shared = stages * (self.stage_bytes + 16) + 1024
+            shared = stages * (self.stage_bytes + 16) + 8 * self.tokens + 1024
             grid = -(-tiles // rows) * token_tiles * ranks
             return Launch(grid, 128 * rows * sets + 32, shared, ranks)
         stages = self.sizes[1]
         items = -(-tiles // 2) * token_tiles
-        shared = stages * (self.stage_bytes + 16) + 4 * _SLOT + 1024
+        outputs = self.tokens * (2 * 2 * TILE + 4 * 8)
+        shared = stages * (self.stage_bytes + 16) + outputs + 32 + 1024
         return Launch(min(items, multiprocessors), 384, shared)
 
     def kernel(self, out: int) -> str:
@@ -99,7 +103,9 @@ class Variant:
         sizes = self.sizes
         arguments = "Weights w, Activations x, Output out"
         if self.regime == "decode":
-            call, bounds = f"decode<{_join(sizes)}, {out}>", f"{32 * sizes[2]}"
+            call, bounds = f"decode<{_join(sizes)}, {out}>", f"{32 * sizes[2]}, {16 // sizes[2]}"
+        elif self.regime == "staged":
+            call, bounds = f"staged<{_join(sizes)}, {out}>", f"{32 * sizes[2]}, {16 // sizes[2]}"
         elif self.regime == "mma":
             call, bounds = f"stream_tokens<{_join(sizes)}, {out}>", "128"
         elif self.regime == "middle":

@@ -23,7 +23,7 @@ def linear(variant: str, widths=WIDTHS, out=BF16) -> LinearSpec:
     return LinearSpec(tuple(widths), out, Variant.parse(variant))
 
 
-@pytest.mark.parametrize("text", ["decode:1,2,16,2", "mma:64,4", "prefill:256,4,4"])
+@pytest.mark.parametrize("text", ["decode:1,2,16,2", "mma:64,4", "prefill:256,3,4"])
 def test_variants_have_a_text(text):
     assert str(Variant.parse(text)) == text
 
@@ -54,7 +54,7 @@ def test_every_problem_gets_a_variant_that_its_gpu_runs(m, tiles, groups, target
     variant = choose(m, tiles, groups, target, 132)
     assert target.capability >= variant.architecture
     assert not variant.reads_tiles or target.capability == (9, 0)
-    if variant.regime == "decode":
+    if variant.regime in ("decode", "staged"):
         assert m <= variant.tokens
     launch = variant.launch(m, tiles, 132)
     assert launch.grid > 0 and launch.grid % launch.cluster == 0
@@ -67,11 +67,11 @@ def test_every_problem_gets_a_variant_that_its_gpu_runs(m, tiles, groups, target
     "spec, architecture",
     [
         (linear("decode:1,2,16,2"), "sm_80"),
-        (linear("decode:2,2,8,2", out=torch.float16), "sm_90a"),
+        (linear("staged:2,2,8,2,4", out=torch.float16), "sm_90a"),
         (linear("mma:64,4", out=torch.float32), "sm_80"),
         (linear("middle:64,6,2,0,2,1,2"), "sm_90a"),
         (linear("middle:128,6,1,1,1,2,1", out=torch.float32), "sm_90a"),
-        (linear("prefill:256,4,4"), "sm_90a"),
+        (linear("prefill:256,3,4"), "sm_90a"),
         (QuantizeSpec(BF16, 2, 128), "sm_80"),
     ],
     ids=str,
