@@ -62,6 +62,12 @@ def by_cost(m: int, problem: Problem, target: Target, multiprocessors: int) -> V
     return min(found, key=found.__getitem__)
 
 
+def predict(m: int, layout: Layout, target: Target, multiprocessors: int) -> float | None:
+    """Seconds of one linear with the variant that it gets; None where nothing was measured."""
+    variant = choose(m, layout, target, multiprocessors)
+    return predict_seconds(variant, m, Problem.of(layout), multiprocessors)
+
+
 @functools.cache
 def table(target: Target) -> tuple[Entry, ...]:
     """What was timed on this GPU, empty where nothing was."""
