@@ -1,21 +1,19 @@
-"""How fast are the generated GPU kernels, against cuBLAS in bf16?
+"""How fast are the CUDA kernels, against cuBLAS in bf16 and in fp8?
 
-    python bench/gemm.py            the table: four linears of an 8B Llama, 1 to 4096 tokens
-    python bench/gemm.py --quick    a corner of it
-    python bench/gemm.py --sweep    time candidate schedules; writes no results
+    python bench/gemm.py            the four linears of Llama-3.1-8B, 1 to 8192 tokens
+    python bench/gemm.py --quick    a corner of it; writes no results
 
-Correctness first: every shape against float64. Then times: a CUDA graph of one call for each of so
-many copies of the weight that all of them exceed the cache (over 260 MB), replayed; the median of
-five, taken in turn with cuBLAS. "us" is quantizer and GEMM, from bf16 to bf16.
+The row mix is `row_mix.json`: 4.4 true bits, six widths. First every linear against exact integers,
+bit for bit. Then times: up to 256 tokens replays of CUDA graphs over weights larger than the cache,
+above that each kernel for 0.1 s on end. Ratios are to the faster of cuBLAS and cuBLASLt, taken in
+turn; the median of several samples. Variants come from the dispatcher.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from ctypes import c_longlong, c_void_p
 from typing import Any
 
 import torch
@@ -23,250 +21,215 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mixllm_compiler.formats.layout import Layout, pack
-from mixllm_compiler.formats.neutral import QuantizedWeight
+from gpu_timing import capture, copies, cublas, medians
+from mixed_linears import LLAMA_8B, MIX, MixedLinear, row_widths
 from mixllm_compiler.lowering import sources
-from mixllm_compiler.lowering.cost import predict_seconds
-from mixllm_compiler.lowering.lowered import LOWERED_LINEAR, LOWERED_QUANTIZE
-from mixllm_compiler.lowering.spec import Bucket
+from mixllm_compiler.lowering.cuda import compiling, dispatch, driver, launch
 from mixllm_compiler.lowering.target import Target
-from mixllm_compiler.lowering.triton import launch
-from mixllm_compiler.lowering.triton.schedule import schedule
-from mixllm_compiler.quantizers.rtn import quantize_rtn
 from mixllm_compiler.runtime import build
 from results_io import Bar, write_results
 
-SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]  # [N, K]
-TOKENS = [1, 8, 16, 32, 64, 128, 256, 1024, 4096]
-QUICK_SHAPES = [(4096, 4096), (14336, 4096)]
-QUICK_TOKENS = [1, 64, 1024]
-SHARE_OF_8_BIT = 0.1
-GROUP = 128
-KERNEL = "triton.v1"
-ROTATED_BYTES = 260e6
-SAMPLES = 5
-SAMPLE_SECONDS = 2e-3
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SUSTAINED = 512  # tokens from which a kernel is timed for long
+SECONDS = 0.1
+HADAMARD = 128
 
-CANDIDATES = {
-    1: "m16:16x2,2,5 m16:16x4,4,3 m16:16x4,4,5 m16:16x8,8,2 m16:16x8,8,3 m16:16x8,8,4 "
-    "m16:16x16,16,2 m16:32x4,4,3 m16:32x8,8,2 m16:32x8,8,3",
-    16: "m16:16x4,4,3 m16:16x4,4,5 m16:16x8,8,3 m16:32x4,4,3 m16:32x8,8,3",
-    32: "m32:16x4,4,3 m32:16x8,8,2 m32:32x4,4,3 m32:32x8,8,2 m32:64x1,4,4 m32:64x1,4,6 "
-    "m32:64x2,2,3",
-    64: "m64:32x4,4,2 m64:32x2,2,3 m64:64x1,4,3 m64:64x1,4,4 m64:64x1,4,6 m32:64x1,4,4 "
-    "m32:32x4,4,3",
-    128: "m128:64x1,4,3 m128:64x1,4,4 m128:64x1,8,3 m64:64x1,4,3 m64:64x1,4,4 m32:64x1,4,4",
-    256: "m128:64x1,4,3 m128:64x1,4,4 m128:64x1,8,3 m64:64x1,4,4 m256:64x1,8,3",
-    4096: "m128:64x1,4,2 m128:64x1,4,3 m128:64x1,4,4 m128:64x1,8,3 m64:64x1,4,4 m256:64x1,8,2 "
-    "m256:64x1,8,3",
-}
-"""Schedules that `--sweep` times, by number of tokens; their text is that of `spec.Bucket`."""
+SUM_BARS = {1: 3.4, 8: 3.2, 16: 3.0, 32: 2.6, 64: 2.5, 128: 2.0, 256: 1.8}
+EACH_BAR = 1.5  # of 128 and 256 tokens
+READ_BAR, READ_BYTES = 0.93, 32e6
 
-
-@dataclass
-class Linear:
-    """One matrix: more copies of it, packed and in bf16, than the cache can hold."""
-
-    weight: QuantizedWeight
-    layout: Layout
-    blobs: list[Tensor]
-    floats: list[Tensor]
-
-    @classmethod
-    def make(cls, n: int, k: int) -> Linear:
-        w = torch.randn(n, k, device="cuda") * 0.02
-        widths = torch.full((n,), 4, dtype=torch.uint8)
-        widths[torch.randperm(n)[: round(SHARE_OF_8_BIT * n)]] = 8
-        weight = quantize_rtn(w, widths, GROUP)
-        packed = pack(weight, "tiles64.v1")
-        blobs = _copies(packed.blob)
-        return cls(weight, packed.layout, blobs, _copies(w.bfloat16()))
-
-    def quantize(self, x: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor]:
-        return LOWERED_QUANTIZE(x, mode, GROUP, 0, KERNEL)
-
-    def gemm(self, activation: tuple[Tensor, Tensor, Tensor], blob: Tensor) -> Tensor:
-        args = (blob, None, str(self.layout), torch.bfloat16, KERNEL)
-        return LOWERED_LINEAR(*activation, *args)
-
-    def error(self, x: Tensor, mode: str) -> float:
-        """Largest error over what 1e-6 of the magnitudes and one rounding allow; 1 is the limit."""
-        codes, scales, sums = self.quantize(x, mode)
-        y = self.gemm((codes, scales, sums), self.blobs[0]).double()
-        wide = scales.double().expand(-1, self.layout.groups).repeat_interleave(GROUP, 1)
-        exact_x = (codes.double() * wide)[:, : self.layout.k]
-        w = self.weight.dequantize()
-        exact = exact_x @ w.T
-        room = 1e-6 * (exact_x.abs() @ w.abs().T) + 2.0**-8 * exact.abs()
-        return ((y - exact).abs() / room).nan_to_num(nan=math.inf).max().item()
-
-
-def largest_error(linear: Linear, mode: str) -> float:
-    """Over one number of tokens from each bucket."""
-    tokens = (1, 24, 50, 333)
-    xs = [torch.randn(m, linear.layout.k, device="cuda").bfloat16() for m in tokens]
-    return max(linear.error(x, mode) for x in xs)
-
-
-def _copies(tensor: Tensor) -> list[Tensor]:
-    size = tensor.numel() * tensor.element_size()
-    return [tensor] + [tensor.clone() for _ in range(math.ceil(ROTATED_BYTES / size))]
-
-
-def capture(call: Callable[[Any], Any], over: Sequence[Any]) -> Callable[[], float]:
-    """A function that measures one call in seconds: replay of a graph that calls over all items."""
-    call(over[0])  # compiles outside of the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for item in over:
-            call(item)
-
-    def replay(times: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(times):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / times
-
-    replay(2)
-    times = max(1, round(SAMPLE_SECONDS / replay(2)))
-    return lambda: replay(times) / len(over)
-
-
-def medians(*measures: Callable[[], float]) -> list[float]:
-    """Median of each measure, taken in turn so that all see the same clocks."""
-    rounds = [[measure() for measure in measures] for _ in range(SAMPLES)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
-
-
-def measure(linear: Linear, m: int, mode: str, target: Target) -> dict[str, Any]:
-    """One row of the table."""
-    n, k = linear.layout.n, linear.layout.k
-    x = torch.randn(m, k, device="cuda").bfloat16()
-    activation = linear.quantize(x, mode)
-    both, gemm, cublas = medians(
-        capture(lambda blob: linear.gemm(linear.quantize(x, mode), blob), linear.blobs),
-        capture(lambda blob: linear.gemm(activation, blob), linear.blobs),
-        capture(lambda w: torch.nn.functional.linear(x, w), linear.floats),
-    )
-    predicted = predict_seconds(m, linear.layout, target)
-    return {
-        "linear": f"{n}x{k}",
-        "tokens": m,
-        "mode": mode,
-        "us": both * 1e6,
-        "bf16 us": cublas * 1e6,
-        "ratio": cublas / both,
-        "gemm us": gemm * 1e6,
-        "gemm ratio": cublas / gemm,
-        "GB/s": linear.blobs[0].numel() / gemm * 1e-9,
-        "TOPS": 2 * m * n * k / gemm * 1e-12,
-        "predicted us": None if predicted is None else predicted * 1e6,
+READ_SOURCE = r"""
+extern "C" __global__ void __launch_bounds__(256) read(const uint4* p, long long n, int* sink) {
+    unsigned s = 0;
+    const long long stride = gridDim.x * 256ll;
+    long long i = blockIdx.x * 256ll + threadIdx.x;
+    for (; i + 7 * stride < n; i += 8 * stride) {
+        uint4 v[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(v[k].x), "=r"(v[k].y), "=r"(v[k].z), "=r"(v[k].w)
+                         : "l"(p + i + k * stride));
+#pragma unroll
+        for (int k = 0; k < 8; k++) s ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
     }
+    for (; i < n; i += stride) s ^= p[i].x ^ p[i].y ^ p[i].z ^ p[i].w;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (s == 0x12345678u) *sink = 1;
+}
+"""
 
 
-def summed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per mode and number of tokens: all linears together."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["mode"], row["tokens"]), []).append(row)
+def reader() -> Callable[[Tensor], None]:
+    """Reads a blob and does nothing else: the limit of a decode kernel, with the same overlap."""
+    kernel = driver.load(compiling.cubin(READ_SOURCE, "read", "sm_90a"), "read")
+    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def read(blob: Tensor) -> None:
+        arguments = [c_void_p(blob.data_ptr()), c_longlong(blob.numel() // 16)]
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel.launch(132 * 8, 256, 0, stream, [*arguments, c_void_p(sink.data_ptr())], 1, True)
+
+    return read
+
+
+def in_fp8(x: Tensor, floats: list[Tensor], seconds: float) -> Callable[[], float]:
+    """cuBLAS in fp8, one scale a tensor, fast accumulation; quantizing is not in it."""
+    one = torch.ones((), device="cuda")
+    x8 = x.to(torch.float8_e4m3fn)
+    weights = [w.to(torch.float8_e4m3fn) for w in floats[:2]]
+
+    def call(w: Tensor) -> Tensor:
+        return torch._scaled_mm(x8, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return capture(call, weights * 4, seconds)
+
+
+def without_overlap(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same without programmatic dependent launch."""
+
+    def run(item: Any) -> Any:
+        with launch.trying(programmatic=False):
+            return call(item)
+
+    return run
+
+
+def measure(
+    name: str, linear: MixedLinear, ordered: MixedLinear, floats: list[Tensor], m: int, read: Any
+) -> dict[str, Any]:
+    """One row of the table: µs, ratios to bf16."""
+    n, k = linear.layout.n, linear.layout.k
+    long = m >= SUSTAINED
+    seconds, samples = (SECONDS, 3) if long else (2e-3, 5)
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    activation = linear.quantize(x)
+    blobs, weights = (linear.blobs[:8], floats[:8]) if long else (linear.blobs, floats)
+
+    def gemm(blob: Tensor) -> Tensor:
+        return linear.gemm(activation, blob)
+
+    measures = {
+        "bf16": cublas(x, weights, seconds),
+        "gemm": capture(gemm, blobs, seconds),
+        "both": capture(lambda blob: linear.gemm(linear.quantize(x), blob), blobs, seconds),
+    }
+    if long:
+        measures["packed order"] = capture(
+            lambda blob: ordered.gemm(activation, blob), ordered.blobs[:8], seconds
+        )
+        measures["fp8"] = in_fp8(x, floats, seconds)
+    else:
+        measures["no overlap"] = capture(without_overlap(gemm), blobs, seconds)
+    if m == 1:
+        measures["read"] = capture(read, blobs, seconds)
+    times = dict(zip(measures, medians(*measures.values(), samples=samples), strict=True))
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    variant = dispatch.choose(m, linear.layout, Target.of("cuda"), multiprocessors)
+    row: dict[str, Any] = {"linear": name, "tokens": m, "variant": str(variant)}
+    row |= {f"{key} us": value * 1e6 for key, value in times.items()}
+    row |= {f"{key} ratio": times["bf16"] / value for key, value in times.items() if key != "bf16"}
+    row["GB/s"] = linear.bytes / times["gemm"] * 1e-9
+    row["TOPS"] = 2 * m * n * k / times["gemm"] * 1e-12
+    return row
+
+
+def summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The four linears together, per number of tokens."""
     out = []
-    for (mode, m), part in groups.items():
-        total = {key: sum(row[key] for row in part) for key in ("us", "bf16 us", "gemm us")}
+    for m in dict.fromkeys(row["tokens"] for row in rows):
+        part = [row for row in rows if row["tokens"] == m and row["linear"] in LLAMA_8B]
+        keys = [key for key in part[0] if key.endswith(" us")]
+        total = {key: sum(row[key] for row in part) for key in keys}
         ratios = {
-            "ratio": total["bf16 us"] / total["us"],
-            "gemm ratio": total["bf16 us"] / total["gemm us"],
+            key[:-2] + "ratio": total["bf16 us"] / total[key] for key in keys if key != "bf16 us"
         }
-        out.append({"linear": "all", "tokens": m, "mode": mode, **total, **ratios})
+        out.append({"linear": "sum", "tokens": m, **total, **ratios})
     return out
 
 
-def table(rows: Iterable[dict[str, Any]]) -> Table:
-    """What a person reads."""
-    shown = Table(
-        title=f"quantize + mixed GEMM against cuBLAS bf16, {torch.cuda.get_device_name()}"
-    )
-    columns = ["mode", "linear", "tokens", "us", "bf16 us", "ratio", "gemm us", "gemm ratio"]
-    columns += ["GB/s", "TOPS", "predicted us"]
-    for column in columns:
-        shown.add_column(column, justify="left" if column in ("mode", "linear") else "right")
+def bars(rows: list[dict[str, Any]], sums: list[dict[str, Any]], wrong: int) -> list[Bar]:
+    """What had to be reached."""
+    found = [Bar.exactly("outputs that differ from the definition", wrong, 0)]
+    total = {row["tokens"]: row for row in sums}
+    for m, limit in SUM_BARS.items():
+        if m in total:
+            name = f"GEMM, M = {m}: sum of four linears, bf16 / ours"
+            found.append(Bar.at_least(name, total[m]["gemm ratio"], limit))
+    for m in (128, 256):
+        worst = [row["gemm ratio"] for row in rows if row["tokens"] == m]
+        if worst:
+            found.append(Bar.at_least(f"GEMM, M = {m}: the worst linear", min(worst), EACH_BAR))
+    for m in (1024, 2048, 4096, 8192):
+        if m not in total:
+            continue
+        of = f"M = {m}: sum of four linears, bf16 / ours"
+        found.append(Bar.at_least(f"GEMM, packed order, {of}", total[m]["packed order ratio"], 2.0))
+        found.append(Bar.at_least(f"GEMM, model order, {of}", total[m]["gemm ratio"], 1.85))
+        fp8 = total[m]["fp8 us"] / total[m]["packed order us"]
+        found.append(Bar.at_least(f"GEMM, M = {m}: sum, fp8 / ours in packed order", fp8, 1.05))
+        each = [row["fp8 us"] / row["packed order us"] for row in rows if row["tokens"] == m]
+        least = 0.95 if m == 1024 else 1.0
+        found.append(Bar.at_least(f"GEMM, M = {m}: the worst, fp8 / ours", min(each), least))
+    for m, limit in ((1, 2.85), (4096, 1.75)):
+        if m in total:
+            name = f"quantizer with Hadamard + GEMM, M = {m}: bf16 / ours"
+            found.append(Bar.at_least(name, total[m]["both ratio"], limit))
     for row in rows:
-        cells = [row.get(column) for column in columns]
-        shown.add_row(*(_text(cell) for cell in cells), end_section=row["linear"] == "all")
+        if row["linear"] == "70b_down" and row["tokens"] in (1, 8):
+            name = f"GEMM, M = {row['tokens']}: 70B down_proj, bf16 / ours"
+            found.append(Bar.at_least(name, row["gemm ratio"], 3.2))
+        if row["tokens"] == 1 and row["GB/s"] * row["gemm us"] * 1e3 >= READ_BYTES:
+            name = f"GEMM, M = 1: {row['linear']}, plain read of the same bytes / ours"
+            found.append(Bar.at_least(name, row["read us"] / row["gemm us"], READ_BAR))
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """What a person reads."""
+    columns = ["linear", "tokens", "bf16 us", "gemm us", "gemm ratio", "no overlap ratio"]
+    columns += ["packed order ratio", "both ratio", "fp8 ratio", "read us", "GB/s", "TOPS"]
+    shown = Table(*columns, "variant", title=torch.cuda.get_device_name())
+    for row in rows:
+        cells = [row.get(column) for column in [*columns, "variant"]]
+        text = [f"{c:.4g}" if isinstance(c, float) else str(c or "") for c in cells]
+        shown.add_row(*text, end_section=row["linear"] == "sum")
     return shown
-
-
-def _text(cell: Any) -> str:
-    if cell is None:
-        return ""
-    if isinstance(cell, float):
-        return f"{cell:.2f}" if cell < 10 else f"{cell:.1f}" if cell < 1000 else f"{cell:.0f}"
-    return str(cell)
-
-
-def sweep(linears: Sequence[Linear], console: Console) -> None:
-    """Times of candidate schedules in µs: GEMM alone, mode token."""
-    shown = Table("tokens", "schedule", *(f"{w.layout.n}x{w.layout.k}" for w in linears))
-    for m, candidates in CANDIDATES.items():
-        for text in candidates.split():
-            times = [_time_schedule(linear, m, Bucket.parse(text)) for linear in linears]
-            shown.add_row(str(m), text, *times)
-        shown.add_section()
-    console.print(shown)
-
-
-def _time_schedule(linear: Linear, m: int, bucket: Bucket) -> str:
-    x = torch.randn(m, linear.layout.k, device="cuda").bfloat16()
-    activation = linear.quantize(x, "token")
-    try:
-        with launch.trying((bucket,)):
-            run = capture(lambda blob: linear.gemm(activation, blob), linear.blobs)
-    except Exception as error:  # noqa: BLE001  a candidate may not compile or not fit
-        return type(error).__name__
-    return _text(medians(run)[0] * 1e6)
 
 
 def main() -> None:
     """Check, measure, write, show."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="two linears, three numbers of tokens")
-    parser.add_argument("--sweep", action="store_true", help="time candidate schedules instead")
-    parser.add_argument("--modes", nargs="+", default=["token", "group"], help="of activations")
+    parser.add_argument("--quick", action="store_true", help="four numbers of tokens, not written")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this bench measures GPU kernels; there is no CUDA device here")
     torch.manual_seed(0)
-    sources.use_store(build.materialize)
-    # Wide enough for the table where the output is no terminal.
-    console = Console(width=max(120, Console().width))
-    target = Target.of("cuda")
-    tokens = QUICK_TOKENS if options.quick else TOKENS
-    linears = [Linear.make(n, k) for n, k in (QUICK_SHAPES if options.quick else SHAPES)]
-    worst = max(largest_error(linear, mode) for linear in linears for mode in options.modes)
-    console.print(f"checked against float64: largest error {worst:.2f} of what rounding allows")
-    if worst > 1:
-        raise SystemExit("the kernels are wrong; nothing was timed")
-    if options.sweep:
-        sweep(linears, console)
-        return
-    rows = []
-    for mode in options.modes:
-        for m in tokens:
-            rows += [measure(linear, m, mode, target) for linear in linears]
-    rows += summed(rows)
-    rows.sort(key=lambda row: (options.modes.index(row["mode"]), row["tokens"]))
-    path = write_results(
-        __file__,
-        rows,
-        [Bar.at_most("Triton GEMM: largest error over what rounding allows", worst, 1.0)],
-        device="cuda",
-        extra={"schedule": " ".join(map(str, schedule(target))), "rows of 8 bits": SHARE_OF_8_BIT},
-    )
-    console.print(f"written: {path.name}")
-    console.print(table(rows))
+    sources.use_store(build.materialize, build.build)
+    console = Console(width=max(170, Console().width))
+    tokens = (1, 16, 128, 4096) if options.quick else TOKENS
+    read = reader()
+    rows, wrong = [], 0
+    for name, entry in MIX["matrices"].items():
+        small = name not in LLAMA_8B  # a bar of decode only
+        linear = MixedLinear.of(row_widths(name), entry["k"])
+        ordered = linear if small else MixedLinear.of(row_widths(name, True), entry["k"])
+        floats = copies(torch.randn(entry["n"], entry["k"], device="cuda").bfloat16())
+        wrong += sum(linear.wrong(m) for m in (1, 16, 50, 200, 600))
+        wrong += sum(ordered.wrong(m) for m in (50, 600))
+        for m in (1, 8) if small else tokens:
+            rows.append(measure(name, linear, ordered, floats, m, read))
+        del linear, ordered, floats
+    sums = summed(rows)
+    console.print(table(sorted(rows + sums, key=lambda row: row["tokens"])))
+    found = bars(rows, sums, wrong)
+    for bar in found:
+        console.print(
+            f"{'met   ' if bar.met else 'MISSED'} {bar.name}: {bar.measured} {bar.target}"
+        )
+    if not options.quick:
+        path = write_results(__file__, rows + sums, found, device="cuda", extra=MIX)
+        console.print(f"written: {path.name}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     codes, scales, sums = quantize_activation(x, mode, group, hadamard, kernel)
     y = linear(codes, scales, sums, packed, bias, layout, dtype, kernel)
 
-`kernel` is a short name with a version, such as "triton.v1". It and the other arguments are all
+`kernel` is a short name with a version, such as "cuda.v1". It and the other arguments are all
 that a call needs to find its code, so a graph from a warm cache runs in another process. `hadamard`
 is the block of the transform applied to x first, 0 for none. Shapes: see `ir.ops`; y [..., N] is in
-model order.
+model order. Kernels of `WHOLE_SUMS` know two-level rows only, which need one sum a token: their
+quantizer gives sums [..., 1].
 
 `EXPANSIONS` gives the definition of every lowered op: the same arguments, semantic ops inside. They
 read the lowered blob too, since a layout's text names its packing.
@@ -33,7 +34,7 @@ class Kernels(Protocol):
     """What stands behind a kernel name."""
 
     def quantize_activation(
-        self, x: Tensor, mode: str, group: int
+        self, x: Tensor, mode: str, group: int, hadamard: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def linear(
@@ -48,8 +49,17 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-IMPLEMENTATIONS = {"triton.v1": ".triton.launch:TritonKernels"}
+IMPLEMENTATIONS = {
+    "cuda.v1": ".cuda.launch:CudaKernels",
+    "triton.v1": ".triton.launch:TritonKernels",
+}
 """Kernel name → `module:class`, imported at the first call: Triton only where it is used."""
+
+FUSED_HADAMARD = frozenset({"cuda.v1"})
+"""Kernels whose quantizer transforms x itself: nothing is gained by a separate op in front."""
+
+WHOLE_SUMS = frozenset({"cuda.v1"})
+"""Kernels whose quantizer sums the codes of a token, not of a group."""
 
 
 @functools.cache
@@ -80,10 +90,7 @@ library.define(
 def _quantize_activation(
     x: Tensor, mode: str, group: int, hadamard: int, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if hadamard:
-        # Not fused yet: the transform runs as an op of its own, then the kernel reads its result.
-        x = HADAMARD(x, hadamard)
-    return implementation(kernel).quantize_activation(x, mode, group)
+    return implementation(kernel).quantize_activation(x, mode, group, hadamard)
 
 
 def _linear(
@@ -113,7 +120,7 @@ def _(
     return (
         x.new_empty((*lead, padded(k, group)), dtype=torch.int8),
         x.new_empty((*lead, 1 if mode == "token" else g), dtype=torch.float32),
-        x.new_empty((*lead, g), dtype=torch.int32),
+        x.new_empty((*lead, 1 if kernel in WHOLE_SUMS else g), dtype=torch.int32),
     )
 
 
@@ -139,8 +146,12 @@ LOWERED = (LOWERED_QUANTIZE, LOWERED_LINEAR)
 def expand_quantize_activation(
     x: Tensor, mode: str, group: int, hadamard: int, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of the lowered quantizer; `kernel` does not matter."""
-    return QUANTIZE_ACTIVATION(HADAMARD(x, hadamard) if hadamard else x, mode, group)
+    """The definition of the lowered quantizer; `kernel` decides only what the sums are of."""
+    x = HADAMARD(x, hadamard) if hadamard else x
+    codes, scales, sums = QUANTIZE_ACTIVATION(x, mode, group)
+    if kernel in WHOLE_SUMS:
+        sums = sums.sum(-1, keepdim=True, dtype=torch.int32)
+    return codes, scales, sums
 
 
 def expand_linear(

@@ -10,6 +10,9 @@ import torch
 
 from ..errors import LoweringError, OptionError, nearest
 from ..formats.layout import Layout
+from .cuda import generate as cuda_kernels
+from .cuda import layout as cuda_tiles
+from .cuda import support as cuda
 from .target import Target
 from .triton import generate, support
 from .triton import layout as tiles
@@ -71,6 +74,7 @@ LOWERINGS = {
     lowering.name: lowering
     for lowering in (
         Lowering(REFERENCE, 0, "plain.v1", "", _everything, "decompose"),
+        Lowering("cuda", 20, cuda_tiles.NAME, cuda_kernels.VERSION, cuda.reason, "kernel"),
         Lowering("triton", 10, tiles.NAME, generate.VERSION, support.reason, "kernel"),
     )
 }

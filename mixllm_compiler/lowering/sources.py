@@ -1,7 +1,8 @@
-"""Where generated source goes before it is imported or compiled.
+"""Where generated source goes before it is imported or compiled, and what is made of it.
 
-Lowerings hand their text to `store` and get a path back. The runtime installs its build cache
-here; on its own, this package uses a folder that goes with the process.
+Lowerings hand their text to `store` and get a path back, or to `build`, with a compiler, and get
+the path of its product. The runtime installs its build cache here; on its own, this package uses a
+folder that goes with the process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from ..errors import LoweringError
 Store = Callable[[str, str, str], Path]
 """(source, suffix, tag) → a file that holds the source."""
 
+Builder = Callable[[Path, Path], None]
+"""(source file, file to write): compiles one into the other, or raises."""
+
+Build = Callable[[str, str, str, str, Builder, str], Path]
+"""(source, suffix, tag, suffix of the product, builder, what it depends on) → the product."""
+
 
 @functools.cache
 def _folder() -> Path:
@@ -36,18 +43,44 @@ def _temporary(source: str, suffix: str, tag: str) -> Path:
     return path
 
 
+def _build_temporary(
+    source: str, suffix: str, tag: str, product: str, builder: Builder, depends: str
+) -> Path:
+    key = hashlib.sha256(depends.encode()).hexdigest()[:8]
+    path = _temporary(source, suffix, f"{tag}-{key}")
+    result = path.with_suffix(product)
+    if not result.exists():
+        builder(path, result)
+    return result
+
+
 _store: Store = _temporary
+_build: Build = _build_temporary
 
 
-def use_store(store: Store) -> None:
-    """From now on keep generated sources with `store`."""
-    global _store
-    _store = store
+def use_store(store: Store, build: Build = _build_temporary) -> None:
+    """From now on keep generated sources with `store`, and what compilers make with `build`."""
+    global _store, _build
+    _store, _build = store, build
 
 
 def store(source: str, suffix: str, tag: str) -> Path:
     """Keep `source`; the file is ready to be imported or compiled."""
     return _store(source, suffix, tag)
+
+
+def build(source: str, suffix: str, tag: str, product: str, builder: Builder, depends: str) -> Path:
+    """Compile `source` unless that was done before; the file of the product.
+
+    Args:
+        source: the text.
+        suffix: of its file, `".cu"`.
+        tag: a few words for the file's name.
+        product: suffix of the result, `".cubin"`.
+        builder: runs only if the product is missing; what it raises passes through.
+        depends: the compiler, its version and its flags: another text, another product.
+    """
+    return _build(source, suffix, tag, product, builder, depends)
 
 
 def load(path: Path) -> ModuleType:

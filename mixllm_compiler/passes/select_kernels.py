@@ -93,10 +93,16 @@ class SelectKernels(Pass):
                 continue
             (kernel,) = kernels
             x, mode, group = quantizer.args
-            args = (x, mode, group, 0, kernel)
+            block: Any = 0
+            rotation = x if isinstance(x, fx.Node) and x.target is ops.HADAMARD else None
+            if rotation is not None and kernel in lowered.FUSED_HADAMARD:
+                x, block = rotation.args
+            args = (x, mode, group, block, kernel)
             node = graph.replace(
                 quantizer, lambda: graph.graph.call_function(lowered.LOWERED_QUANTIZE, args)
             )
+            if rotation is not None and not rotation.users:
+                graph.graph.erase_node(rotation)
             record = QuantizedSite(_any_matrix(readers), "quantize_activation", kernel)
             annotate(node, record)
 

@@ -8,10 +8,12 @@ import torch
 from mixllm_compiler.errors import LoweringError, OptionError
 from mixllm_compiler.formats.layout import Layout, packing
 from mixllm_compiler.lowering.cost import predict_seconds
+from mixllm_compiler.lowering.cuda import compiling
 from mixllm_compiler.lowering.select import LOWERINGS, select
 from mixllm_compiler.lowering.target import Target
 
 LAYOUT = Layout(4096, ((4, 3712), (8, 384)), 128)
+TWO_LEVEL = Layout(4096, ((3, 64), (4, 3648), (8, 384)), 128, "two-level")
 H200 = Target.parse("cuda sm_90 NVIDIA H200")
 CPU = Target("cpu")
 BF16 = torch.bfloat16
@@ -28,13 +30,51 @@ def test_gpus_from_sm_80_get_triton(mode, target):
     choice = select(LAYOUT, mode, BF16, Target.parse(target))
     assert (choice.lowering, choice.kernel) == ("triton", "triton.v1")
     assert (choice.packing, choice.quantizer) == ("tiles64.v1", "kernel")
+    assert choice.reasons == ("cuda: it knows the family 'two-level', not 'asym'",)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A CUDA compiler is here."""
+    monkeypatch.setattr(compiling, "available", lambda: "nvrtc 13.0")
+
+
+@pytest.mark.parametrize("target", ["cuda sm_80", "cuda sm_90 NVIDIA H200", "cuda sm_120"])
+def test_two_level_rows_get_cuda(target, compiler):
+    choice = select(TWO_LEVEL, "token", BF16, Target.parse(target))
+    assert (choice.lowering, choice.kernel) == ("cuda", "cuda.v1")
+    assert (choice.packing, choice.quantizer) == ("cuda64.v1", "kernel")
     assert choice.reasons == ()
+
+
+@pytest.mark.parametrize(
+    "layout, mode, dtype, target, why",
+    [
+        (TWO_LEVEL, "group", BF16, "cuda sm_90", "one activation scale a token"),
+        (TWO_LEVEL, "token", torch.float64, "cuda sm_90", "not torch.float64"),
+        (TWO_LEVEL, "token", BF16, "cuda sm_75", "sm_80 or newer"),
+        (TWO_LEVEL, "token", BF16, "cuda sm_103", "more slowly than bf16"),
+        (TWO_LEVEL, "token", BF16, "cpu", "needs a CUDA device"),
+        (Layout(4096, ((4, 64),), 64, "two-level"), "token", BF16, "cuda sm_90", "not 64"),
+        (Layout(70_000, ((4, 64),), 128, "two-level"), "token", BF16, "cuda sm_90", "not 70000"),
+    ],
+)
+def test_what_cuda_cannot_do_it_declines_with_a_reason(layout, mode, dtype, target, why, compiler):
+    choice = select(layout, mode, dtype, Target.parse(target))
+    assert choice.lowering != "cuda"
+    assert choice.reasons[0].startswith("cuda: ") and why in choice.reasons[0]
+
+
+def test_without_a_compiler_cuda_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(compiling, "available", lambda: None)
+    choice = select(TWO_LEVEL, "token", BF16, H200)
+    assert "install the extra 'cuda'" in choice.reasons[0]
 
 
 def test_cpus_get_the_reference_and_learn_why():
     choice = select(LAYOUT, "token", BF16, CPU)
     assert (choice.lowering, choice.packing, choice.kernel) == ("reference", "plain.v1", "")
-    assert choice.reasons[0].startswith("triton: it needs a CUDA device")
+    assert choice.reasons[1].startswith("triton: it needs a CUDA device")
 
 
 def test_with_the_interpreter_cpus_get_triton(monkeypatch):
@@ -49,13 +89,13 @@ def test_with_the_interpreter_cpus_get_triton(monkeypatch):
         (LAYOUT, torch.float64, "cuda sm_90", "not torch.float64"),
         (Layout(4096, ((4, 64),), 48), BF16, "cuda sm_90", "not 48"),
         (Layout(4096, ((4, 64),), 256), BF16, "cuda sm_90", "not 256"),
-        (Layout(4096, ((4, 64),), 128, "two-level"), BF16, "cuda sm_90", "'two-level'"),
+        (Layout(4096, ((4, 64),), 64, "two-level"), BF16, "cuda sm_90", "'two-level'"),
     ],
 )
 def test_what_triton_cannot_do_goes_to_the_reference_with_a_reason(layout, dtype, target, why):
     choice = select(layout, "token", dtype, Target.parse(target))
     assert choice.lowering == "reference"
-    assert why in choice.reasons[0]
+    assert why in choice.reasons[1]
 
 
 def test_one_lowering_can_be_demanded():
@@ -77,6 +117,12 @@ def test_every_lowering_reads_a_known_packing():
 def test_cost_is_none_where_nothing_is_known():
     assert predict_seconds(1, LAYOUT, CPU) is None
     assert predict_seconds(1, LAYOUT, Target.parse("cuda sm_90 NVIDIA H2000")) is None
+
+
+def test_the_cost_of_two_level_rows_is_that_of_the_cuda_kernels():
+    few, many = (predict_seconds(m, TWO_LEVEL, H200) for m in (1, 4096))
+    assert 2e-6 < few < 8e-6 and 80e-6 < many < 160e-6
+    assert predict_seconds(1, TWO_LEVEL, Target.parse("cuda sm_90")) is None
 
 
 def test_few_tokens_cost_bytes_and_many_cost_arithmetic():

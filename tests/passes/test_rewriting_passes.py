@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,9 @@ from mixllm_compiler.formats import layout as layouts
 from mixllm_compiler.formats.layout import Layout, pack, unpack
 from mixllm_compiler.ir import ops
 from mixllm_compiler.ir.annotations import quantized_of
+from mixllm_compiler.lowering.cuda import compiling
+from mixllm_compiler.lowering.lowered import LOWERED_QUANTIZE
+from mixllm_compiler.lowering.target import Target
 from mixllm_compiler.modules import PackedLinear
 from mixllm_compiler.options import Options
 from mixllm_compiler.passes.canonicalize_linears import LINEAR
@@ -153,6 +158,18 @@ def test_a_lowering_that_the_target_lacks_is_refused_with_its_reason():
 def test_an_unknown_lowering_names_the_nearest():
     with pytest.raises(OptionError, match="Did you mean 'reference'"):
         rewritten("select-kernels", kernels="referense")
+
+
+def test_cuda_quantizers_take_the_transform_in(monkeypatch):
+    monkeypatch.setattr(compiling, "available", lambda: "nvrtc 13.0")
+    graph, ctx = rewritten("share-quantizers", **MIXED, family="two-level", rotate=128)
+    rotations = len(graph.calls(ops.HADAMARD))
+    assert rotations > 0
+    SelectKernels()(graph, dataclasses.replace(ctx, target=Target.parse("cuda sm_90")))
+    quantizers = graph.calls(LOWERED_QUANTIZE)
+    assert len(quantizers) == rotations and not graph.calls(ops.HADAMARD)
+    assert {node.args[3:] for node in quantizers} == {(128, "cuda.v1")}
+    assert {m.packing for m in graph.matrices.values()} == {"cuda64.v1"}
 
 
 def test_ops_of_a_users_pass_are_left_alone():

@@ -10,7 +10,7 @@ BAND = 8
 
 # Up to 64 tokens the kernel reads weights and waits: narrow programs, four groups side by side.
 # Above that, tiles of 64 rows feed the largest matrix instruction there is. The best of those that
-# `bench/gemm.py --sweep` timed on an H200.
+# `bench/gemm_triton.py --sweep` timed on an H200.
 _DEFAULT = (
     Bucket(16, rows=16, split=4, warps=4, stages=3),
     Bucket(32, rows=32, split=4, warps=4, stages=3),

@@ -1,0 +1,286 @@
+"""Runs the generated kernels on tensors: variant, source, machine code, grid, launch.
+
+The arguments of a lowered op are all that is needed. What they lead to is kept, so that a call
+costs a few look-ups and a launch on torch's current stream: no synchronization, no memory but
+outputs.
+
+Kernels are launched as programmatic dependents: they may begin, and request weights, before the
+previous kernel of the stream has ended; activations are read and outputs written after that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from ctypes import c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import LoweringError
+from ...formats.layout import Layout
+from ...formats.row_format import padded
+from ...ir.ops import HADAMARD
+from ..target import Target
+from . import compiling, dispatch, driver, support
+from . import layout as tiles
+from .generate import TYPES, LinearSpec, QuantizeSpec, generate
+from .variants import Launch, Variant
+
+HADAMARD_BLOCKS = (32, 64, 128, 256)
+_MAX_WIDTHS = 6
+_MAX_THREADS = 1024
+
+_forced: Variant | None = None
+_programmatic = True
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = [
+        ("blob", c_void_p),
+        ("n", c_int),
+        ("tiles", c_int),
+        ("groups", c_int),
+        ("end", c_int * _MAX_WIDTHS),
+        ("base", c_longlong * _MAX_WIDTHS),
+    ]
+
+
+class _Activations(ctypes.Structure):
+    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("m", c_int)]
+
+
+class _Output(ctypes.Structure):
+    _fields_ = [("y", c_void_p), ("bias", c_void_p), ("bias_type", c_int)]
+
+
+class CudaKernels:
+    """The implementation behind kernel name `cuda.v1`."""
+
+    def quantize_activation(
+        self, x: Tensor, mode: str, group: int, hadamard: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes and scales of `ir.reference.quantize_activation`, sums [..., 1] of whole tokens.
+
+        Raises:
+            LoweringError: no kernel for this device or mode, or K is too long.
+        """
+        if mode != "token":
+            raise LoweringError(f"the CUDA quantizer gives one scale a token, not mode {mode!r}")
+        fused = hadamard in HADAMARD_BLOCKS and x.dtype in TYPES
+        if hadamard and not fused:
+            x, hadamard = HADAMARD(x, hadamard), 0
+        if x.dtype not in TYPES:
+            x = x.float()
+        k, lead = x.shape[-1], x.shape[:-1]
+        length = padded(k, group)
+        if length > support.MAX_K:
+            raise LoweringError(f"the CUDA quantizer knows K up to {support.MAX_K}, not {k}")
+        codes = allocate((*lead, length), torch.int8, x.device)
+        scales = allocate((*lead, 1), torch.float32, x.device)
+        sums = allocate((*lead, 1), torch.int32, x.device)
+        rows = x.reshape(-1, k)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        m = rows.shape[0]
+        if m and k:
+            each, threads = _split_row(m, length)
+            kernel = _quantizer(QuantizeSpec(x.dtype, each, hadamard), x.device)
+            _launch(
+                kernel,
+                Launch(m, threads, 0),
+                x.device,
+                c_void_p(rows.data_ptr()),
+                c_longlong(rows.stride(0)),
+                *(c_void_p(t.data_ptr()) for t in (codes, scales, sums)),
+                c_int(k),
+                c_int(length),
+            )
+        return codes, scales, sums
+
+    def linear(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        sums: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """y [..., N] in model order, of `dtype`, bit for bit that of `ir.reference`.
+
+        Raises:
+            LoweringError: no kernel for this device, type or mode, or arguments that do not fit the
+                layout.
+        """
+        lead = codes.shape[:-1]
+        tiles.check_blob(packed, layout)
+        if codes.shape[-1] != layout.padded_k or scales.shape[-1] != 1:
+            raise LoweringError(
+                f"activation codes [..., {codes.shape[-1]}] with scales [..., {scales.shape[-1]}] "
+                f"do not fit layout '{layout}', which needs [..., {layout.padded_k}] with one scale"
+            )
+        out = allocate((*lead, layout.n), dtype, codes.device)
+        m = out.numel() // layout.n
+        if m == 0:
+            return out
+        if sums.shape[-1] != 1:  # quantized by the definition, which sums every group
+            sums = sums.sum(-1, keepdim=True, dtype=torch.int32)
+        if bias is not None and bias.dtype not in TYPES:
+            bias = bias.float()
+        codes, scales, sums = codes.contiguous(), scales.contiguous(), sums.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        linear = _linear(layout, dtype, codes.device)
+        variant = linear.variant(m)
+        kernel, launch = linear.kernel(m, variant)
+        activations = _Activations(codes.data_ptr(), scales.data_ptr(), sums.data_ptr(), m)
+        output = _Output(
+            out.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            0 if bias is None else TYPES[bias.dtype],
+        )
+        arguments: list[Any] = [linear.weights(packed.data_ptr()), activations, output]
+        if variant.reads_tiles:
+            columns = layout.padded_k
+            arguments.insert(0, driver.token_map(codes.data_ptr(), m, columns, variant.tokens))
+        _launch(kernel, launch, codes.device, *arguments)
+        return out
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for an output; its contents are arbitrary."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _split_row(m: int, length: int) -> tuple[int, int]:
+    """(runs of 8 elements a thread has, threads) for a row: few tokens want many threads."""
+    most = _MAX_THREADS if m <= 64 else _MAX_THREADS // 2
+    runs = length // 8
+    each = next((e for e in (1, 2, 4, 8) if -(-runs // e) <= most), 8)
+    return each, -(-runs // (each * 32)) * 32
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """What all calls of one linear have in common."""
+
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device
+    target: Target
+    multiprocessors: int
+    template: _Weights
+
+    def weights(self, blob: int) -> _Weights:
+        made = _Weights.from_buffer_copy(self.template)
+        made.blob = blob
+        return made
+
+    def variant(self, m: int) -> Variant:
+        if _forced is not None:
+            return _forced
+        return dispatch.choose(m, self.layout, self.target, self.multiprocessors)
+
+    def kernel(self, m: int, variant: Variant) -> tuple[driver.Kernel, Launch]:
+        widths = tuple(bits for bits, _ in self.layout.widths)
+        launch = variant.launch(m, self.template.tiles, self.multiprocessors)
+        spec = LinearSpec(widths, self.dtype, variant)
+        return _kernel(spec, self.target, self.device, launch.shared), launch
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear(layout: Layout, dtype: torch.dtype, device: torch.device) -> _Linear:
+    target = Target.of(device)
+    problem = support.reason(layout, "token", dtype, target)
+    if problem is not None:
+        raise LoweringError(f"the CUDA kernels cannot run layout '{layout}' here: {problem}")
+    first, at = tiles.first_bytes(layout), 0
+    template = _Weights(None, layout.n, 0, layout.groups)
+    for i, (bits, n) in enumerate(layout.widths):
+        template.base[i] = first[i] - at * layout.groups * tiles.block_bytes(bits)
+        at += tiles.tiles(n)
+        template.end[i] = at
+    template.tiles = at
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Linear(layout, dtype, device, target, count, template)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    spec: LinearSpec | QuantizeSpec, target: Target, device: torch.device, shared: int
+) -> driver.Kernel:
+    capability = target.capability
+    assert capability is not None
+    if isinstance(spec, LinearSpec) and spec.variant.reads_tiles and capability != (9, 0):
+        raise LoweringError(f"{spec.variant} needs sm_90, this is {target.architecture}")
+    kind = "linear" if isinstance(spec, LinearSpec) else "quantize_rows"
+    kernel = _load(generate(spec), kind, architecture(capability))
+    kernel.allow_shared(_index(device), shared)
+    return kernel
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What a device's kernels are compiled for: sm_90 has instructions that only sm_90a names."""
+    number = f"sm_{capability[0]}{capability[1]}"
+    return f"{number}a" if capability == (9, 0) else number
+
+
+@functools.cache
+def _load(source: str, name: str, architecture: str) -> driver.Kernel:
+    return driver.load(compiling.cubin(source, f"cuda-{name}", architecture), name)
+
+
+@functools.lru_cache(maxsize=256)
+def _quantizer(spec: QuantizeSpec, device: torch.device) -> driver.Kernel:
+    target = Target.of(device)
+    problem = support.device_reason(target)
+    if problem is not None:
+        raise LoweringError(f"the CUDA kernels cannot run here: {problem}")
+    return _kernel(spec, target, device, 0)
+
+
+def _launch(kernel: driver.Kernel, launch: Launch, device: torch.device, *arguments: Any) -> None:
+    with _on(device):
+        kernel.launch(
+            launch.grid,
+            launch.block,
+            launch.shared,
+            torch.cuda.current_stream(device).cuda_stream,
+            arguments,
+            launch.cluster,
+            _programmatic and _overlaps(device),
+        )
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    return Target.of(device).at_least(9)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """The driver launches in the current device's context."""
+    if device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@contextmanager
+def trying(variant: Variant | None = None, programmatic: bool = True) -> Iterator[None]:
+    """Inside, linears run as this variant, with or without overlap: to measure or to test."""
+    global _forced, _programmatic
+    before = _forced, _programmatic
+    _forced, _programmatic = variant, programmatic
+    try:
+        yield
+    finally:
+        _forced, _programmatic = before
