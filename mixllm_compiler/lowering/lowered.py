@@ -50,7 +50,7 @@ class Kernels(Protocol):
 
 
 IMPLEMENTATIONS = {
-    "cuda.v1": ".cuda.launch:CudaKernels",
+    "cuda.v1": ".cuda.quantizers:CudaKernels",
     "triton.v1": ".triton.launch:TritonKernels",
 }
 """Kernel name → `module:class`, imported at the first call: Triton only where it is used."""
@@ -173,4 +173,4 @@ EXPANSIONS: dict[OpOverload, Callable[..., Any]] = {
     LOWERED_QUANTIZE: expand_quantize_activation,
     LOWERED_LINEAR: expand_linear,
 }
-"""Lowered op → its definition: the same arguments, semantic ops inside."""
+"""Lowered op → its definition: the same arguments, semantic ops inside; `fused` adds its own."""

@@ -16,6 +16,7 @@ from .annotate_linears import AnnotateLinears
 from .annotate_salience import AnnotateSalience
 from .base import Changes, Pass, parse_value
 from .canonicalize_linears import CanonicalizeLinears
+from .fuse_quantizers import FuseQuantizers
 from .instruments import Instrument
 from .pack_weights import PackWeights
 from .quantize_weights import QuantizeWeights
@@ -40,8 +41,9 @@ OWN_PASSES: tuple[type[Pass], ...] = (
     QuantizeWeights,
     RewriteLinears,
     ShareQuantizers,
-    # lower: (fusions into neighbours come here) kernels and their blobs
+    # lower: kernels, what they take in of their neighbours, and their blobs
     SelectKernels,
+    FuseQuantizers,
     PackWeights,
 )
 

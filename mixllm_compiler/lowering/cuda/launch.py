@@ -23,17 +23,13 @@ from torch import Tensor
 
 from ...errors import LoweringError
 from ...formats.layout import Layout
-from ...formats.row_format import padded
-from ...ir.ops import HADAMARD
 from ..target import Target
 from . import compiling, dispatch, driver, support
 from . import layout as tiles
-from .generate import TYPES, LinearSpec, QuantizeSpec, generate
+from .generate import TYPES, LinearSpec, generate
 from .variants import Launch, Variant
 
-HADAMARD_BLOCKS = (32, 64, 128, 256)
 _MAX_WIDTHS = 6
-_MAX_THREADS = 1024
 
 _forced: Variant | None = None
 _programmatic = True
@@ -58,49 +54,8 @@ class _Output(ctypes.Structure):
     _fields_ = [("y", c_void_p), ("bias", c_void_p), ("bias_type", c_int)]
 
 
-class CudaKernels:
-    """The implementation behind kernel name `cuda.v1`."""
-
-    def quantize_activation(
-        self, x: Tensor, mode: str, group: int, hadamard: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes and scales of `ir.reference.quantize_activation`, sums [..., 1] of whole tokens.
-
-        Raises:
-            LoweringError: no kernel for this device or mode, or K is too long.
-        """
-        if mode != "token":
-            raise LoweringError(f"the CUDA quantizer gives one scale a token, not mode {mode!r}")
-        fused = hadamard in HADAMARD_BLOCKS and x.dtype in TYPES
-        if hadamard and not fused:
-            x, hadamard = HADAMARD(x, hadamard), 0
-        if x.dtype not in TYPES:
-            x = x.float()
-        k, lead = x.shape[-1], x.shape[:-1]
-        length = padded(k, group)
-        if length > support.MAX_K:
-            raise LoweringError(f"the CUDA quantizer knows K up to {support.MAX_K}, not {k}")
-        codes = allocate((*lead, length), torch.int8, x.device)
-        scales = allocate((*lead, 1), torch.float32, x.device)
-        sums = allocate((*lead, 1), torch.int32, x.device)
-        rows = x.reshape(-1, k)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        m = rows.shape[0]
-        if m and k:
-            each, threads = _split_row(m, length)
-            kernel = _quantizer(QuantizeSpec(x.dtype, each, hadamard), x.device)
-            _launch(
-                kernel,
-                Launch(m, threads, 0),
-                x.device,
-                c_void_p(rows.data_ptr()),
-                c_longlong(rows.stride(0)),
-                *(c_void_p(t.data_ptr()) for t in (codes, scales, sums)),
-                c_int(k),
-                c_int(length),
-            )
-        return codes, scales, sums
+class CudaLinears:
+    """Mixed linears: the part of `quantizers.CudaKernels` that multiplies."""
 
     def linear(
         self,
@@ -148,22 +103,13 @@ class CudaKernels:
         if variant.reads_tiles:
             columns = layout.padded_k
             arguments.insert(0, driver.token_map(codes.data_ptr(), m, columns, variant.tokens))
-        _launch(kernel, launch, codes.device, *arguments)
+        start(kernel, launch, codes.device, *arguments)
         return out
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Room for an output; its contents are arbitrary."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _split_row(m: int, length: int) -> tuple[int, int]:
-    """(runs of 8 elements a thread has, threads) for a row: few tokens want many threads."""
-    most = _MAX_THREADS if m <= 64 else _MAX_THREADS // 2
-    runs = length // 8
-    each = next((e for e in (1, 2, 4, 8) if -(-runs // e) <= most), 8)
-    return each, -(-runs // (each * 32)) * 32
 
 
 @dataclass(frozen=True)
@@ -212,15 +158,12 @@ def _linear(layout: Layout, dtype: torch.dtype, device: torch.device) -> _Linear
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel(
-    spec: LinearSpec | QuantizeSpec, target: Target, device: torch.device, shared: int
-) -> driver.Kernel:
+def _kernel(spec: LinearSpec, target: Target, device: torch.device, shared: int) -> driver.Kernel:
     capability = target.capability
     assert capability is not None
-    if isinstance(spec, LinearSpec) and spec.variant.reads_tiles and capability != (9, 0):
+    if spec.variant.reads_tiles and capability != (9, 0):
         raise LoweringError(f"{spec.variant} needs sm_90, this is {target.architecture}")
-    kind = "linear" if isinstance(spec, LinearSpec) else "quantize_rows"
-    kernel = _load(generate(spec), kind, architecture(capability))
+    kernel = load_kernel(generate(spec), "linear", architecture(capability))
     kernel.allow_shared(_index(device), shared)
     return kernel
 
@@ -232,20 +175,13 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def _load(source: str, name: str, architecture: str) -> driver.Kernel:
+def load_kernel(source: str, name: str, architecture: str) -> driver.Kernel:
+    """The function `name` of a source, compiled once and kept loaded."""
     return driver.load(compiling.cubin(source, f"cuda-{name}", architecture), name)
 
 
-@functools.lru_cache(maxsize=256)
-def _quantizer(spec: QuantizeSpec, device: torch.device) -> driver.Kernel:
-    target = Target.of(device)
-    problem = support.device_reason(target)
-    if problem is not None:
-        raise LoweringError(f"the CUDA kernels cannot run here: {problem}")
-    return _kernel(spec, target, device, 0)
-
-
-def _launch(kernel: driver.Kernel, launch: Launch, device: torch.device, *arguments: Any) -> None:
+def start(kernel: driver.Kernel, launch: Launch, device: torch.device, *arguments: Any) -> None:
+    """Launch on torch's current stream of a device."""
     with _on(device):
         kernel.launch(
             launch.grid,
