@@ -3,5 +3,6 @@
 Importing it registers the lowered ops and every packing, so that any blob can be unpacked.
 """
 
+from . import cpp as cpp
 from . import lowered as lowered
 from . import triton as triton
