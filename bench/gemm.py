@@ -239,7 +239,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this bench measures GPU kernels; there is no CUDA device here")
     torch.manual_seed(0)
-    sources.use_store(build.materialize)
+    sources.use_store(build.materialize, build.build)
     # Wide enough for the table where the output is no terminal.
     console = Console(width=max(120, Console().width))
     target = Target.of("cuda")

@@ -33,7 +33,7 @@ class Kernels(Protocol):
     """What stands behind a kernel name."""
 
     def quantize_activation(
-        self, x: Tensor, mode: str, group: int
+        self, x: Tensor, mode: str, group: int, hadamard: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def linear(
@@ -48,7 +48,10 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-IMPLEMENTATIONS = {"triton.v1": ".triton.launch:TritonKernels"}
+IMPLEMENTATIONS = {
+    "cpp.v1": ".cpp.launch:CppKernels",
+    "triton.v1": ".triton.launch:TritonKernels",
+}
 """Kernel name → `module:class`, imported at the first call: Triton only where it is used."""
 
 
@@ -80,10 +83,7 @@ library.define(
 def _quantize_activation(
     x: Tensor, mode: str, group: int, hadamard: int, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if hadamard:
-        # Not fused yet: the transform runs as an op of its own, then the kernel reads its result.
-        x = HADAMARD(x, hadamard)
-    return implementation(kernel).quantize_activation(x, mode, group)
+    return implementation(kernel).quantize_activation(x, mode, group, hadamard)
 
 
 def _linear(

@@ -10,6 +10,9 @@ import torch
 
 from ..errors import LoweringError, OptionError, nearest
 from ..formats.layout import Layout
+from .cpp import generate as cpp_generate
+from .cpp import layout as panels
+from .cpp import support as cpp_support
 from .target import Target
 from .triton import generate, support
 from .triton import layout as tiles
@@ -68,6 +71,7 @@ LOWERINGS = {
     lowering.name: lowering
     for lowering in (
         Lowering("reference", 0, "plain.v1", "", _everything, "decompose"),
+        Lowering("cpp", 5, panels.NAME, cpp_generate.VERSION, cpp_support.reason, "kernel"),
         Lowering("triton", 10, tiles.NAME, generate.VERSION, support.reason, "kernel"),
     )
 }

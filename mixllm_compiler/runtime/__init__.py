@@ -4,6 +4,6 @@ Importing it puts generated sources into the build cache on disk.
 """
 
 from ..lowering import sources
-from .build import materialize
+from .build import build, materialize
 
-sources.use_store(materialize)
+sources.use_store(materialize, build)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import LoweringError
 from ...formats.layout import Layout
 from ...formats.row_format import groups_of, padded
+from ...ir.ops import HADAMARD
 from .. import sources
 from ..spec import BlobLayout, Bucket, KernelSpec, Numerics, QuantizerSpec
 from ..target import Target
@@ -35,13 +36,16 @@ class TritonKernels:
     """The implementation behind kernel name `triton.v1`."""
 
     def quantize_activation(
-        self, x: Tensor, mode: str, group: int
+        self, x: Tensor, mode: str, group: int, hadamard: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ir.reference.quantize_activation`: the same codes, scales and sums.
 
         Raises:
             LoweringError: no kernel for this device or group.
         """
+        if hadamard:
+            # Not fused yet: the transform is an op of its own, and the kernel reads its result.
+            x = HADAMARD(x, hadamard)
         k, lead = x.shape[-1], x.shape[:-1]
         groups = groups_of(k, group)
         spec, kernel = _quantizer_kernel(group, mode, x.dtype, x.device)
