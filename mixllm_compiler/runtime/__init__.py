@@ -4,6 +4,6 @@ Importing it puts generated sources into the build cache on disk.
 """
 
 from ..lowering import sources
-from .build import build, materialize
+from . import build as build
 
-sources.use_store(materialize, build)
+sources.use_store(build.materialize, build.build)

@@ -94,14 +94,14 @@ class Kernel:
         chunk = LANES[self.bits].steps * self._unroll
         if self._flat:
             lines += [f"  for (long i = 0; i < groups * steps / {chunk}; i++) {{"]
-            lines += self._chunk() + ["  }"]
+            lines += [*self._chunk(), "  }"]
             lines += [f"  store({self._at(t, r)}, {self._total(t, r)});" for t, r in self._cells]
             return "\n".join([*lines, "}"])
         lines += ["  for (long g = 0; g < groups; g++) {", "    const uint8_t* meta = w;"]
         lines += [f"    w += {self._meta_bytes};"] if self._meta_bytes else []
         lines += self._start_group()
         lines += [f"    for (long i = 0; i < steps / {chunk}; i++) {{"]
-        lines += self._chunk() + ["    }"]
+        lines += [*self._chunk(), "    }"]
         lines += self._end_group()
         if not self._live:
             # Or gcc forwards `out` from one group to the next through stack slots.

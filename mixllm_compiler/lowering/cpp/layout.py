@@ -176,7 +176,7 @@ def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
         for fields in lanes.fields
     ]
     # [panels, groups, units, steps, rows, 4] → [panels, rows, groups, units, steps, 4]
-    return torch.stack(steps, 3).permute(0, 4, 1, 2, 3, 5).flatten(2).flatten(0, 1)  # type: ignore[arg-type]
+    return torch.stack(steps, 3).permute(0, 4, 1, 2, 3, 5).flatten(2).flatten(0, 1)
 
 
 def unpack_panels(blob: Tensor, layout: Layout) -> QuantizedWeight:

@@ -105,6 +105,7 @@ static void multiply(const Shape& s, const Activations& in, const Tiling& tiling
         const long m = tiling.first(i);
         const int T = tiling.tokens(i);
         const Tile tile = in.tile(m, x_scales, T == 1 ? x + m * in.padded : nullptr);
+        expect(panel, T, (Type)s.out_type, out, m0 + m, s.n);
         run(panel.bits, T, blob + panel.start, tile, s.groups, s.group / 4, results);
         finish(panel, rows, s.bias_type != NONE, results, T, x_scales + m, (Type)s.out_type, out, m0 + m, s.n);
       }

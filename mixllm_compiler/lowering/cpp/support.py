@@ -31,7 +31,7 @@ def reason(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> str
     if target.type != "cpu":
         return f"it needs a CPU, this is {target.type}"
     if layout.group % LONGEST_UNIT or not 0 < layout.group <= MAX_GROUP:
-        return f"it knows groups of {LONGEST_UNIT} to {MAX_GROUP} in steps of {LONGEST_UNIT}, not {layout.group}"
+        return f"its groups are multiples of {LONGEST_UNIT} up to {MAX_GROUP}, not {layout.group}"
     unknown = [b for b, _ in layout.widths if b not in LANES]
     if unknown:
         return f"it has no code for rows of {unknown[0]} bits"
