@@ -27,6 +27,7 @@ from ..errors import OptionError, nearest
 from ..formats.layout import Layout
 from ..formats.row_format import groups_of, padded
 from ..ir.ops import DEQUANTIZE, HADAMARD, MIXED_GEMM, QUANTIZE_ACTIVATION
+from .target import Target
 
 
 class Kernels(Protocol):
@@ -46,6 +47,10 @@ class Kernels(Protocol):
         layout: Layout,
         dtype: torch.dtype,
     ) -> Tensor: ...
+
+    def sources(
+        self, layout: Layout, mode: str, dtype: torch.dtype, bias: bool, target: Target
+    ) -> dict[str, str]: ...
 
 
 IMPLEMENTATIONS = {

@@ -11,6 +11,7 @@ import torch
 from ..errors import LoweringError, OptionError, nearest
 from ..formats.layout import Layout
 from .cpp import generate as cpp_generate
+from .cpp import isa
 from .cpp import layout as panels
 from .cpp import support as cpp_support
 from .target import Target
@@ -33,6 +34,7 @@ class Lowering:
         supports: None if it can run a linear, else the reason why not.
         quantizer: `"kernel"` quantizes activations in a kernel of its own, `"decompose"` leaves
             that to plain torch, where Inductor sees it.
+        variant: what else to tell people about the kernels, such as an instruction set.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Lowering:
     kernel: str
     supports: Supports
     quantizer: Literal["kernel", "decompose"]
+    variant: Callable[[], str] = str
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class KernelChoice:
         kernel: the lowered ops' `kernel` argument; `""`: keep the semantic ops.
         quantizer: `"kernel"` or `"decompose"`, see `Lowering`.
         reasons: why each lowering of a higher priority was passed over, `"triton: …"`.
+        variant: see `Lowering`.
     """
 
     lowering: str
@@ -60,6 +64,12 @@ class KernelChoice:
     kernel: str
     quantizer: Literal["kernel", "decompose"]
     reasons: tuple[str, ...] = ()
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people: `"cpp.v1 avx512-vnni"`."""
+        return f"{self.kernel or self.lowering} {self.variant}".rstrip()
 
 
 def _everything(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> None:
@@ -71,7 +81,15 @@ LOWERINGS = {
     lowering.name: lowering
     for lowering in (
         Lowering("reference", 0, "plain.v1", "", _everything, "decompose"),
-        Lowering("cpp", 5, panels.NAME, cpp_generate.VERSION, cpp_support.reason, "kernel"),
+        Lowering(
+            "cpp",
+            5,
+            panels.NAME,
+            cpp_generate.VERSION,
+            cpp_support.reason,
+            "kernel",
+            lambda: isa.current().name,
+        ),
         Lowering("triton", 10, tiles.NAME, generate.VERSION, support.reason, "kernel"),
     )
 }
@@ -108,6 +126,7 @@ def select(
                 lowering.kernel,
                 lowering.quantizer,
                 tuple(reasons),
+                lowering.variant(),
             )
         reasons.append(f"{lowering.name}: {why}")
     raise LoweringError(

@@ -20,9 +20,10 @@ from ...errors import LoweringError
 from ...formats.layout import Layout
 from ...formats.row_format import group_size, groups_of, padded
 from ...ir.ops import HADAMARD
+from ..target import Target
 from . import compiler, isa
 from . import layout as panels
-from .generate import linear_source, quantizer_source
+from .generate import VERSION, linear_source, quantizer_source
 from .kernels import Scheme
 from .support import OUTPUTS
 
@@ -134,6 +135,17 @@ class CppKernels:
                 torch.get_num_threads(),
             )
         return out
+
+    def sources(
+        self, layout: Layout, mode: str, dtype: torch.dtype, bias: bool, target: Target
+    ) -> dict[str, str]:
+        """File name → source of the libraries that run a linear and its quantizer."""
+        scheme, chosen = Scheme(layout.family, mode), isa.current()
+        name = f"{VERSION}-linear-{scheme.family}-{scheme.mode}-{chosen.name}.cpp"
+        return {
+            name: linear_source(scheme, chosen),
+            f"{VERSION}-quantize-{chosen.name}.cpp": quantizer_source(chosen),
+        }
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
