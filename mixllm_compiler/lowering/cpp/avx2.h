@@ -9,9 +9,13 @@ INLINE void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 INLINE Ints zero() { return _mm256_setzero_si256(); }
 INLINE Floats zero_floats() { return _mm256_setzero_ps(); }
 INLINE Ints broadcast(const void* p) {
+#ifdef __SANITIZE_ADDRESS__  // which does not see what assembly reads
+  return _mm256_set1_epi32(*(const int32_t*)p);
+#else
   Ints v;
   asm("vpbroadcastd %1, %0" : "=x"(v) : "m"(*(const int32_t*)p));
   return v;
+#endif
 }
 INLINE Floats broadcast_float(const float* p) { return _mm256_set1_ps(*p); }
 INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }

@@ -12,9 +12,13 @@ INLINE void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 INLINE Ints zero() { return _mm512_setzero_si512(); }
 INLINE Floats zero_floats() { return _mm512_setzero_ps(); }
 INLINE Ints broadcast(const void* p) {
+#ifdef __SANITIZE_ADDRESS__  // which does not see what assembly reads
+  return _mm512_set1_epi32(*(const int32_t*)p);
+#else
   Ints v;
   asm("vpbroadcastd %1, %0" : "=v"(v) : "m"(*(const int32_t*)p));
   return v;
+#endif
 }
 INLINE Floats broadcast_float(const float* p) { return _mm512_set1_ps(*p); }
 // acc += the four products of unsigned codes and signed activations in each lane
