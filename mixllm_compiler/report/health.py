@@ -130,8 +130,12 @@ def _cpu_kernels() -> Check:
         chosen, others = isa.current().name, [one.name for one in isa.available()]
         compiler.find()
     except MixLLMError as error:
-        return Check("CPU kernels", "none", f"{error} Until then linears run in plain torch, slowly.")
-    return Check("CPU kernels", "ok", f"{chosen} ({isa.OVERRIDE} chooses among {', '.join(others)})")
+        return Check(
+            "CPU kernels", "none", f"{error} Until then linears run in plain torch, slowly."
+        )
+    return Check(
+        "CPU kernels", "ok", f"{chosen} ({isa.OVERRIDE} chooses among {', '.join(others)})"
+    )
 
 
 def _matplotlib() -> Check:

@@ -184,6 +184,8 @@ class Kernel:
         """The products of one turn of the loop over a group."""
         lanes = LANES[self.bits]
         lines: list[str] = []
+        if self.first == 0:  # the other vectors of a panel find it in the cache
+            lines += [f"      prefetch<{lanes.unit_bytes * self._unroll // 64}>(w);"]
         for unit in range(self._unroll):
             for j, fields in enumerate(lanes.fields):
                 step = unit * lanes.steps + j
