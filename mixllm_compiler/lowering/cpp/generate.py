@@ -37,6 +37,12 @@ def quantizer_source(isa: Isa) -> str:
     return "\n".join([about, _text("head.h"), _text("quantize.h")])
 
 
+def packer_source() -> str:
+    """C++ source with `mixllm_pack`: stored codes of one width to panels."""
+    about = f"// {VERSION}: packing of stored codes into panels"
+    return "\n".join([about, _text("head.h"), *_units(), _text("pack.h")])
+
+
 @functools.cache
 def _text(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
@@ -76,7 +82,7 @@ def _vector_kernels(scheme: Scheme, isa: Isa) -> list[str]:
 
 
 def _units() -> list[str]:
-    """For plain C++: how to unpack a unit of each width."""
+    """Without vectors: how to pack and unpack a unit of each width."""
     parts = ["template <int BITS> struct Unit;"]
     for bits, lanes in LANES.items():
         lines = [
@@ -90,6 +96,20 @@ def _units() -> list[str]:
                 f"(w[i + {f.word * WORD}] >> {f.at} & {f.mask >> f.to}) << {f.to}" for f in fields
             )
             lines += [f"      codes[i + {step * WORD}] = (uint8_t)({terms});"]
+        lines += [
+            "    }",
+            "  }",
+            "  static void pack(const uint8_t* codes, uint8_t* w) {",
+            f"    for (int i = 0; i < {WORD}; i++) {{",
+        ]
+        for word in range(lanes.words):
+            terms = " | ".join(
+                f"(codes[i + {step * WORD}] >> {f.to} & {f.mask >> f.to}) << {f.at}"
+                for step, fields in enumerate(lanes.fields)
+                for f in fields
+                if f.word == word
+            )
+            lines += [f"      w[i + {word * WORD}] = (uint8_t)({terms});"]
         parts += [*lines, "    }", "  }", "};"]
     return parts
 

@@ -67,15 +67,15 @@ class CppKernels:
         if hadamard and k % hadamard:
             x, hadamard = HADAMARD(x, hadamard), 0  # says what is wrong
         _check_device(x)
-        call, argument, groups = _quantizer(k, mode, group, x.dtype, hadamard)
-        codes = allocate((*lead, padded(k, group)), torch.int8, x.device)
-        scales = allocate((*lead, 1 if mode == "token" else groups), torch.float32, x.device)
+        call, argument, length, scale_count, groups = _quantizer(k, mode, group, x.dtype, hadamard)
+        codes = allocate((*lead, length), torch.int8, x.device)
+        scales = allocate((*lead, scale_count), torch.float32, x.device)
         sums = allocate((*lead, groups), torch.int32, x.device)
         rows = x.reshape(-1, k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         m = rows.shape[0]
-        if codes.numel():
+        if m and k:
             call(
                 argument,
                 rows.data_ptr(),
@@ -161,11 +161,13 @@ def _check_device(x: Tensor) -> None:
 @functools.lru_cache(maxsize=1024)
 def _quantizer(
     k: int, mode: str, group: int, dtype: torch.dtype, hadamard: int
-) -> tuple[Callable[..., None], Any, int]:
-    """(function, its first argument, groups along K)."""
+) -> tuple[Callable[..., None], Any, int, int, int]:
+    """(function, its first argument; codes, scales and groups of a token)."""
     groups = groups_of(k, group)
     argument = _Quantizer(k, groups, group_size(k, group), _TYPES[dtype], mode == "group", hadamard)
-    return quantizer_library(isa.current()).mixllm_quantize, ctypes.pointer(argument), groups
+    call = quantizer_library(isa.current()).mixllm_quantize
+    scales = 1 if mode == "token" else groups
+    return call, ctypes.pointer(argument), padded(k, group), scales, groups
 
 
 @dataclass(frozen=True)

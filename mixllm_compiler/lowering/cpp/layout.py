@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from ...errors import LoweringError
-from ...formats.bitpack import pack_bits
+from ...formats.bitpack import pack_bits, unpack_bits
 from ...formats.layout import Layout, Packing, register_packing
-from ...formats.neutral import QuantizedWeight, RowCodes, StoredRows
+from ...formats.neutral import QuantizedWeight, StoredRows
 from .lanes import LANES, STEP
+from .packer import pack_codes
 
 NAME = "panels64.v1"
 PANEL = 64
@@ -113,7 +114,7 @@ def pack_panels(weight: QuantizedWeight) -> Tensor:
         starts += [at + i * size for i in range(panels(n))]
         widths += [bits] * panels(n)
         out = blob[at : at + panels(n) * size].view(-1, size)
-        _pack_width(weight.row_codes(bits), layout, out)
+        _pack_width(weight.rows[bits], bits, layout, out)
         at += out.numel()
     order = torch.cat(orders)
     blob[: 4 * order.numel()] = order.view(torch.uint8)
@@ -131,11 +132,10 @@ def _on_huge_pages(blob: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
 
 
-def _pack_width(rows: RowCodes, layout: Layout, out: Tensor) -> None:
+def _pack_width(rows: StoredRows, bits: int, layout: Layout, out: Tensor) -> None:
     """Fill the panels u8 [panels, bytes of a panel] of one width."""
-    bits = rows.format.bits
     head, blocks = _head_and_blocks(out, bits, layout)
-    if rows.format.row_scaled:
+    if layout.family == "two-level":
         head[:, : 4 * PANEL] = _in_panels(rows.scales).contiguous().view(torch.uint8)
     else:
         scales = _in_panels(rows.scales).transpose(1, 2).contiguous()
@@ -145,12 +145,15 @@ def _pack_width(rows: RowCodes, layout: Layout, out: Tensor) -> None:
         head[:, 4 * PANEL :] = _in_panels(pairs).transpose(1, 2).flatten(1)
         blocks[..., :PANEL] = _in_panels(rows.steps).transpose(1, 2)
     if rows.zeros is not None:
-        blocks[..., 2 * PANEL : 3 * PANEL] = _in_panels(rows.zeros).transpose(1, 2)
+        zeros = unpack_bits(rows.zeros, bits, layout.groups)
+        blocks[..., 2 * PANEL : 3 * PANEL] = _in_panels(zeros).transpose(1, 2)
+    if pack_codes(rows.codes, bits, layout.k, layout.group, blocks, out.shape[1]):
+        return
     packed = blocks[..., -PANEL * layout.group * bits // 8 :]
     step = max(1, _CHUNK // (PANEL * layout.padded_k))
     for first in range(0, out.shape[0], step):
-        codes = rows.codes[first * PANEL : (first + step) * PANEL]
-        codes = codes.view(torch.uint8) ^ 128 if bits == 8 else codes
+        codes = unpack_bits(rows.codes[first * PANEL : (first + step) * PANEL], bits, layout.k)
+        codes = codes ^ 128 if bits == 8 else codes
         codes = torch.nn.functional.pad(codes, (0, layout.padded_k - layout.k))
         packed[first : first + step] = _pack_codes(_in_panels(codes), bits, layout.groups)
 

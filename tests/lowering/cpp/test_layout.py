@@ -13,6 +13,7 @@ from mixllm_compiler.errors import LoweringError
 from mixllm_compiler.formats.layout import Layout, PackedWeight, pack, unpack
 from mixllm_compiler.formats.row_format import RowFormat
 from mixllm_compiler.lowering.cpp import layout as panels
+from mixllm_compiler.lowering.cpp import packer
 from mixllm_compiler.lowering.cpp.lanes import LANES
 from tests.lowering.cases import ALL_WIDTHS, mix, random_weight, unit_weight
 from tests.lowering.test_tiles_layout import assert_same_weight
@@ -34,8 +35,19 @@ def test_many_panels_of_every_width(family):
     assert_same_weight(unpack(packed), weight)
 
 
+@settings(max_examples=40)
+@given(weights(groups=(32, 64, 96, 128, 256)))
+def test_without_a_compiler_the_same_bytes_come_out(weight):
+    natively = pack(weight, panels.NAME).blob
+    assert packer._library() is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packer, "_library", lambda: None)
+        assert torch.equal(pack(weight, panels.NAME).blob, natively)
+
+
 def test_large_matrices_are_packed_in_pieces(monkeypatch):
     weight = random_weight(300, 128, mix(300, (4, 8)), 64)
+    monkeypatch.setattr(packer, "_library", lambda: None)
     whole = pack(weight, panels.NAME).blob
     monkeypatch.setattr(panels, "_CHUNK", 128 * 64)
     assert torch.equal(pack(weight, panels.NAME).blob, whole)

@@ -35,7 +35,11 @@ def instructions(request):
 def build(source: str, chosen: isa.Isa, folder: Path, *defines: str) -> Path:
     text, program = folder / "program.cpp", folder / "program"
     text.write_text(source + PROGRAM)
-    flags = [flag for flag in compiler.FLAGS if flag not in ("-fPIC", "-shared", "-O2", "-ftree-vectorize")]
+    flags = [
+        flag
+        for flag in compiler.FLAGS
+        if flag not in ("-fPIC", "-shared", "-O2", "-ftree-vectorize")
+    ]
     command = [compiler.find()[0], "-O0", *flags, *chosen.flags, *SANITIZE, *defines, "-fopenmp"]
     done = subprocess.run([*command, str(text), "-o", str(program)], capture_output=True, text=True)
     if "cannot find" in done.stderr and "san" in done.stderr:
