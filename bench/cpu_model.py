@@ -3,8 +3,8 @@
     python bench/cpu_model.py                          a random Llama of 8 layers, 1,024 wide
     python bench/cpu_model.py --model path/to/model    another one, as its name in the results
 
-Prefill of 512 tokens and decode of one, with a static cache of 1,024, all variants in turn and only
-where the cores are ours (see `cpu_peaks`). Rows are two-level at 4.4 bits, inputs rotated, one scale
+Prefill of 512 tokens and decode of one, static cache of 1,024, all variants in turn and only
+where the cores are ours (see `cpu_peaks`). Rows are two-level at 4.4 bits, inputs rotated, a scale
 a token; the output head is float in one variant and of 8 bits or less in the other. Widths come
 from weight error, which decides accuracy and not speed.
 """

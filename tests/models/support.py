@@ -17,6 +17,7 @@ from mixllm_compiler.formats.layout import Layout
 from mixllm_compiler.ir import ops
 from mixllm_compiler.ir.annotations import quantized_of
 from mixllm_compiler.ir.graph import MixGraph
+from mixllm_compiler.lowering.cpp.native import NATIVE_LINEAR
 from mixllm_compiler.lowering.lowered import LOWERED_LINEAR
 from mixllm_compiler.quantizers.rtn import quantize_rtn
 from tests.helpers import causal_lm, quantized_input
@@ -74,10 +75,10 @@ def mixed_ops(graph: MixGraph) -> dict[str, Layout]:
     """Name of the matrix → layout, for every mixed product of a graph."""
     found = {}
     for node in graph.module.graph.nodes:
-        if node.target in (ops.MIXED_GEMM, LOWERED_LINEAR):
+        if node.target in (ops.MIXED_GEMM, LOWERED_LINEAR, NATIVE_LINEAR):
             site = quantized_of(node)
             assert site is not None and site.matrix not in found
-            found[site.matrix] = Layout.parse(node.args[5 if node.target is LOWERED_LINEAR else 4])
+            found[site.matrix] = graph.matrices[site.matrix].packed.layout
     return found
 
 

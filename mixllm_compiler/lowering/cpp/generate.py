@@ -43,6 +43,14 @@ def packer_source() -> str:
     return "\n".join([about, _text("head.h"), *_units(), _text("pack.h")])
 
 
+def native_source() -> str:
+    """C++ source with the ops that `native.py` registers."""
+    about = f"// {VERSION}: ops for torch's dispatcher"
+    return "\n".join(
+        [about, "#include <stdexcept>\n#include <string>", _text("head.h"), _text("native.h")]
+    )
+
+
 @functools.cache
 def _text(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
