@@ -19,6 +19,7 @@ from . import compat
 from .capture import capture
 from .errors import MixLLMError
 from .ir.graph import MixGraph
+from .lowering.cpp import native
 from .options import Options
 from .passes.run import run_passes
 from .passes.summary import summarize
@@ -129,6 +130,7 @@ def _hand_over(
     if grad:
         _strip_grad_mode(graph)
         _once("grad", "mixllm: quantized weights have no gradients; this model runs under no_grad")
+    native.speed_up(graph.module)
     with torch.no_grad() if grad else nullcontext():
         if options.lower == "eager":
             inner: Callable[..., Any] = graph.module

@@ -28,6 +28,7 @@ from ..errors import OptionError, nearest
 from ..formats.layout import Layout
 from ..formats.row_format import groups_of, padded
 from ..ir.ops import DEQUANTIZE, HADAMARD, MIXED_GEMM, QUANTIZE_ACTIVATION
+from .target import Target
 
 
 class Kernels(Protocol):
@@ -48,15 +49,17 @@ class Kernels(Protocol):
         dtype: torch.dtype,
     ) -> Tensor: ...
 
+    def sources(
+        self, layout: Layout, mode: str, dtype: torch.dtype, bias: bool, target: Target
+    ) -> dict[str, str]: ...
+
 
 IMPLEMENTATIONS = {
+    "cpp.v1": ".cpp.launch:CppKernels",
     "cuda.v1": ".cuda.quantizers:CudaKernels",
     "triton.v1": ".triton.launch:TritonKernels",
 }
 """Kernel name → `module:class`, imported at the first call: Triton only where it is used."""
-
-FUSED_HADAMARD = frozenset({"cuda.v1"})
-"""Kernels whose quantizer transforms x itself: nothing is gained by a separate op in front."""
 
 WHOLE_SUMS = frozenset({"cuda.v1"})
 """Kernels whose quantizer sums the codes of a token, not of a group."""

@@ -10,6 +10,10 @@ import torch
 
 from ..errors import LoweringError, OptionError, nearest
 from ..formats.layout import Layout
+from .cpp import generate as cpp_generate
+from .cpp import isa
+from .cpp import layout as panels
+from .cpp import support as cpp_support
 from .cuda import generate as cuda_kernels
 from .cuda import layout as cuda_tiles
 from .cuda import support as cuda
@@ -33,6 +37,7 @@ class Lowering:
         supports: None if it can run a linear, else the reason why not.
         quantizer: `"kernel"` quantizes activations in a kernel of its own, `"decompose"` leaves
             that to plain torch, where Inductor sees it.
+        variant: what else to tell people about the kernels, such as an instruction set.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Lowering:
     kernel: str
     supports: Supports
     quantizer: Literal["kernel", "decompose"]
+    variant: Callable[[], str] = str
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class KernelChoice:
         kernel: the lowered ops' `kernel` argument; `""`: keep the semantic ops.
         quantizer: `"kernel"` or `"decompose"`, see `Lowering`.
         reasons: why each lowering of a higher priority was passed over, `"triton: …"`.
+        variant: see `Lowering`.
     """
 
     lowering: str
@@ -60,6 +67,12 @@ class KernelChoice:
     kernel: str
     quantizer: Literal["kernel", "decompose"]
     reasons: tuple[str, ...] = ()
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people: `"cpp.v1 avx512-vnni"`."""
+        return f"{self.kernel or self.lowering} {self.variant}".rstrip()
 
 
 def _everything(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> None:
@@ -74,6 +87,15 @@ LOWERINGS = {
     lowering.name: lowering
     for lowering in (
         Lowering(REFERENCE, 0, "plain.v1", "", _everything, "decompose"),
+        Lowering(
+            "cpp",
+            5,
+            panels.NAME,
+            cpp_generate.VERSION,
+            cpp_support.reason,
+            "kernel",
+            lambda: isa.current().name,
+        ),
         Lowering("cuda", 20, cuda_tiles.NAME, cuda_kernels.VERSION, cuda.reason, "kernel"),
         Lowering("triton", 10, tiles.NAME, generate.VERSION, support.reason, "kernel"),
     )
@@ -111,6 +133,7 @@ def select(
                 lowering.kernel,
                 lowering.quantizer,
                 tuple(reasons),
+                lowering.variant(),
             )
         reasons.append(f"{lowering.name}: {why}")
     raise LoweringError(

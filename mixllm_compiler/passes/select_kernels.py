@@ -32,6 +32,7 @@ class SelectKernels(Pass):
 
     def run(self, graph: MixGraph, ctx: Context) -> Changes:
         changes = Changes()
+        quantizers: set[str] = set()
         for dequantize in graph.calls(ops.DEQUANTIZE):
             site, layout = quantized_of(dequantize), layout_of(dequantize)
             if site is None or layout is None:
@@ -43,12 +44,14 @@ class SelectKernels(Pass):
             assert isinstance(dtype, torch.dtype)
             choice = select(layout, mode, dtype, ctx.target, ctx.options.kernels)
             matrix = graph.matrices[site.matrix]
-            matrix.kernel, matrix.packing = choice.kernel or choice.lowering, choice.packing
+            matrix.kernel, matrix.packing = choice.name, choice.packing
             if choice.kernel:
                 self._lower(graph, dequantize, gemm, site, choice)
+            if choice.quantizer == "kernel":
+                quantizers.add(choice.kernel)
             why = f" ({'; '.join(choice.reasons)})" if choice.reasons else ""
             changes.add(site.matrix, f"{matrix.kernel}{why}")
-        self._lower_quantizers(graph)
+        self._lower_quantizers(graph, quantizers)
         for node in graph.calls(ops.GROUPED_LINEAR):
             experts = quantized_experts_of(node)
             names = experts.matrices if experts is not None else ()
@@ -84,18 +87,23 @@ class SelectKernels(Pass):
         graph.graph.erase_node(gemm)
 
     @staticmethod
-    def _lower_quantizers(graph: MixGraph) -> None:
-        """A quantizer becomes a kernel when all of its readers are one lowering's."""
+    def _lower_quantizers(graph: MixGraph, with_kernel: set[str]) -> None:
+        """A quantizer becomes a kernel when all of its readers are one lowering's that has one.
+
+        A transform whose only reader it is goes into the kernel with it.
+        """
         for quantizer in graph.calls(ops.QUANTIZE_ACTIVATION):
             readers = {r for output in quantizer.users for r in output.users}
             kernels = {str(r.args[-1]) for r in readers if r.target is lowered.LOWERED_LINEAR}
             if len(kernels) != 1 or any(r.target is not lowered.LOWERED_LINEAR for r in readers):
                 continue
             (kernel,) = kernels
+            if kernel not in with_kernel:
+                continue
             x, mode, group = quantizer.args
             block: Any = 0
             rotation = x if isinstance(x, fx.Node) and x.target is ops.HADAMARD else None
-            if rotation is not None and kernel in lowered.FUSED_HADAMARD:
+            if rotation is not None:
                 x, block = rotation.args
             args = (x, mode, group, block, kernel)
             node = graph.replace(

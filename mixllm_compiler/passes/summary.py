@@ -15,10 +15,8 @@ from ..ir.annotations import quantized_experts_of, quantized_of
 from ..ir.graph import Matrix, MixGraph
 from ..ir.text import render
 from ..lowering.cost import predict_float_seconds, predict_seconds
-from ..lowering.lowered import LOWERED_LINEAR
+from ..lowering.lowered import LOWERED_LINEAR, implementation
 from ..lowering.target import Target
-from ..lowering.triton.generate import generate
-from ..lowering.triton.launch import linear_spec
 from ..runtime.records import GraphRecord, LinearRecord
 
 if TYPE_CHECKING:
@@ -141,19 +139,13 @@ def _time(line: LinearRecord) -> str:
 
 def kernel_sources(graph: MixGraph) -> dict[str, str]:
     """File name → source of every generated kernel that the graph's lowered ops call."""
-    found = {}
+    found: dict[str, str] = {}
     for node in graph.calls(LOWERED_LINEAR):
         args: Any = node.args
         scales, blob, bias, layout, dtype, kernel = (args[i] for i in (1, 3, 4, 5, 6, 7))
         quantizer = scales.args[0]
         device = graph.module.get_buffer(blob.target).device
-        spec = linear_spec(
-            Layout.parse(layout),
-            quantizer.args[1],
-            dtype,
-            bias is not None,
-            Target.of(device),
+        found |= implementation(kernel).sources(
+            Layout.parse(layout), quantizer.args[1], dtype, bias is not None, Target.of(device)
         )
-        widths = "".join(f"w{b}" for b in spec.layout.widths)
-        found[f"{kernel}-linear-{widths}-{spec.numerics.mode}.py"] = generate(spec)
     return found

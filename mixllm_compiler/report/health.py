@@ -40,6 +40,7 @@ def checkup() -> list[Check]:
         _triton(),
         _cuda_compiler(),
         _cpp_compiler(),
+        _cpu_kernels(),
         _matplotlib(),
         _demo_model(),
         *_cache(),
@@ -127,7 +128,23 @@ def _cpp_compiler() -> Check:
     return Check(
         "C++ compiler",
         "none",
-        "no g++ or clang++: on the CPU only options={'lower': 'eager'} works",
+        "no g++ or clang++: on the CPU only options={'lower': 'eager'} works, and without kernels",
+    )
+
+
+def _cpu_kernels() -> Check:
+    """Which instruction set the generated C++ kernels use."""
+    from ..lowering.cpp import compiler, isa
+
+    try:
+        chosen, others = isa.current().name, [one.name for one in isa.available()]
+        compiler.find()
+    except MixLLMError as error:
+        return Check(
+            "CPU kernels", "none", f"{error} Until then linears run in plain torch, slowly."
+        )
+    return Check(
+        "CPU kernels", "ok", f"{chosen} ({isa.OVERRIDE} chooses among {', '.join(others)})"
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mixllm_compiler
+from mixllm_compiler.lowering.cpp import isa
 from mixllm_compiler.runtime import records
 from tests.helpers import EAGER, token_ids
 from tests.models.support import build, linear_modules, oracle_of, plan_of
@@ -21,7 +22,7 @@ def test_every_linear_has_its_rows_bits_and_kernel():
     for name, (_, n, k) in linear_modules(model).items():
         line = lines[name]
         assert (line.n, line.k) == (n, k) and sum(line.rows.values()) == n
-        assert line.kernel == "reference" and line.kept_float == ""
+        assert line.kernel == f"cpp.v1 {isa.current().name}" and line.kept_float == ""
         assert line.true_bits == pytest.approx(bits_of(line.rows, n, k))
         assert line.resident_bits >= line.true_bits - 4 / k  # blobs keep no width table
     assert "output head" in lines["lm_head"].kept_float

@@ -19,6 +19,7 @@ from tests.models.support import build, handed_over, linear_modules, mixed_ops, 
 
 IDS = token_ids(2, 40)
 WIDTHS = torch.tensor([4, 8, 3, 4] * 24, dtype=torch.uint8)
+REFERENCE = EAGER | {"kernels": "reference"}
 MODES = pytest.mark.parametrize("mode", ["group", "token"])
 
 
@@ -49,9 +50,20 @@ def test_captured_it_gives_the_same_bits_as_eagerly(mode, transform):
     module = packed(mode, k=256, transform=transform).eval()
     x = activations(3, 7, k=256)
     with torch.no_grad(), records.collect() as graphs:
-        found = torch.compile(module, backend="mixllm", options=EAGER)(x)
+        found = torch.compile(module, backend="mixllm", options=REFERENCE)(x)
     assert torch.equal(found, module(x))
     assert [line.kernel for line in graphs[0].linears] == ["reference"]
+
+
+@MODES
+@pytest.mark.parametrize("transform", ["", "hadamard:64"])
+def test_captured_for_native_kernels_it_gives_the_same_numbers(mode, transform):
+    module = packed(mode, k=256, transform=transform).eval()
+    x = activations(3, 7, k=256)
+    with torch.no_grad(), records.collect() as graphs:
+        found = torch.compile(module, backend="mixllm", options=EAGER | {"kernels": "cpp"})(x)
+    torch.testing.assert_close(found, module(x), rtol=1e-6, atol=1e-5)
+    assert [line.kernel.split()[0] for line in graphs[0].linears] == ["cpp.v1"]
 
 
 def test_under_autocast_it_returns_what_a_linear_would():
@@ -89,10 +101,13 @@ def quantized():
 @torch.no_grad()
 def test_a_quantized_model_is_captured_into_the_same_ops(quantized):
     expected = quantized(IDS).logits
-    with handed_over() as graphs:
-        found = torch.compile(quantized, backend="mixllm", options=EAGER)(IDS).logits
     modules = {n for n, m in quantized.named_modules() if isinstance(m, PackedLinear)}
-    assert modules == mixed_ops(graphs[0]).keys() and len(modules) == 14
+    for options in (EAGER, REFERENCE):
+        torch._dynamo.reset()
+        with handed_over() as graphs:
+            found = torch.compile(quantized, backend="mixllm", options=options)(IDS).logits
+        assert modules == mixed_ops(graphs[0]).keys() and len(modules) == 14
+        torch.testing.assert_close(found, expected)
     assert torch.equal(found, expected)
 
 

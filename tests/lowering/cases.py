@@ -24,12 +24,14 @@ def mix(n: int, widths: Sequence[int], share: float | None = None) -> Tensor:
     return out
 
 
-def random_weight(n: int, k: int, widths: Tensor, group: int) -> QuantizedWeight:
+def random_weight(
+    n: int, k: int, widths: Tensor, group: int, family: str = "asym"
+) -> QuantizedWeight:
     """Quantized Gaussian rows, with one group of zeros and one that is constant."""
     w = torch.randn(n, k)
     w[0, :group] = 0
     w[-1, -group:] = 0.25
-    return quantize_rtn(w, widths, group)
+    return quantize_rtn(w, widths, group, family=family)
 
 
 def unit_weight(

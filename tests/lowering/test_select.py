@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import mixllm_compiler.runtime  # noqa: F401  installs the build cache
 from mixllm_compiler.errors import LoweringError, OptionError
 from mixllm_compiler.formats.layout import Layout, packing
 from mixllm_compiler.lowering.cost import predict_seconds
+from mixllm_compiler.lowering.cpp import compiler as cpp_compiler
+from mixllm_compiler.lowering.cpp import isa, launch, support
 from mixllm_compiler.lowering.cuda import compiling
 from mixllm_compiler.lowering.select import LOWERINGS, select
 from mixllm_compiler.lowering.target import Target
@@ -71,10 +76,71 @@ def test_without_a_compiler_cuda_says_what_to_install(monkeypatch):
     assert "install the extra 'cuda'" in choice.reasons[0]
 
 
-def test_cpus_get_the_reference_and_learn_why():
-    choice = select(LAYOUT, "token", BF16, CPU)
-    assert (choice.lowering, choice.packing, choice.kernel) == ("reference", "plain.v1", "")
-    assert choice.reasons[1].startswith("triton: it needs a CUDA device")
+@pytest.mark.parametrize("mode", ["token", "group"])
+@pytest.mark.parametrize("family", ["asym", "two-level"])
+def test_cpus_get_generated_cpp(mode, family):
+    choice = select(replace(LAYOUT, family=family), mode, BF16, CPU)
+    assert (choice.lowering, choice.kernel) == ("cpp", "cpp.v1")
+    assert (choice.packing, choice.quantizer) == ("panels64.v1", "kernel")
+    assert choice.name == f"cpp.v1 {isa.current().name}"
+    assert choice.reasons[0].startswith("triton: ")
+
+
+@pytest.mark.parametrize(
+    "layout, dtype, why",
+    [
+        (LAYOUT, torch.float64, "not torch.float64"),
+        (Layout(4096, ((4, 64),), 48), BF16, "not 48"),
+        (Layout(4096, ((4, 64),), 0), BF16, "not 0"),
+        (Layout(4096, ((4, 64),), 512), BF16, "not 512"),
+        (Layout(66_048, ((4, 64),), 128, "two-level"), BF16, "may not fit 32 bits"),
+    ],
+)
+def test_what_cpp_cannot_do_goes_to_the_reference_with_a_reason(layout, dtype, why):
+    choice = select(layout, "token", dtype, CPU)
+    assert choice.lowering == "reference"
+    assert choice.reasons[1].startswith("cpp: ") and why in choice.reasons[1]
+
+
+@pytest.fixture
+def fresh_libraries(monkeypatch):
+    """As in a new process, with an empty build cache."""
+    caches = (cpp_compiler.find, launch.linear_library, launch.quantizer_library, support._announce)
+
+    def clear():
+        for cache in caches:
+            cache.cache_clear()
+
+    clear()
+    yield
+    monkeypatch.undo()
+    clear()
+
+
+def test_without_a_compiler_cpus_get_the_reference_and_hear_of_it_once(
+    fresh_libraries, monkeypatch, caplog
+):
+    monkeypatch.setattr(cpp_compiler.shutil, "which", lambda name: None)
+    for _ in range(2):
+        choice = select(LAYOUT, "token", BF16, CPU)
+        assert choice.lowering == "reference"
+        assert "no C++ compiler: install g++ or clang++" in choice.reasons[1]
+    assert caplog.text.count("linears run in plain torch, slowly: no C++ compiler") == 1
+
+
+def test_where_building_is_forbidden_cpus_get_the_reference(fresh_libraries, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXLLM_NO_BUILD", "1")
+    monkeypatch.setenv("MIXLLM_CACHE_DIR", str(tmp_path))
+    assert "MIXLLM_NO_BUILD forbids" in select(LAYOUT, "token", BF16, CPU).reasons[1]
+
+
+def test_a_compiler_that_fails_is_quoted(fresh_libraries, monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho it is broken >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("MIXLLM_CACHE_DIR", str(tmp_path))
+    assert "it is broken" in select(LAYOUT, "token", BF16, CPU).reasons[1]
 
 
 def test_with_the_interpreter_cpus_get_triton(monkeypatch):

@@ -17,6 +17,8 @@ from mixllm_compiler.formats.layout import Layout
 from mixllm_compiler.ir import ops
 from mixllm_compiler.ir.annotations import quantized_experts_of, quantized_of
 from mixllm_compiler.ir.graph import MixGraph
+from mixllm_compiler.lowering.cpp.native import NATIVE_LINEAR
+from mixllm_compiler.lowering.lowered import LOWERED_LINEAR
 from mixllm_compiler.quantizers.rtn import quantize_rtn
 from mixllm_compiler.transforms.hadamard import hadamard_matrix
 from tests.helpers import causal_lm, quantized_input
@@ -85,10 +87,10 @@ def mixed_ops(graph: MixGraph) -> dict[str, Layout]:
     """Name of the matrix → layout, for every mixed GEMM of a graph and every expert."""
     found: dict[str, Layout] = {}
     for node in graph.module.graph.nodes:
-        if node.target is ops.MIXED_GEMM:
+        if node.target in (ops.MIXED_GEMM, LOWERED_LINEAR, NATIVE_LINEAR):
             site = quantized_of(node)
             assert site is not None and site.matrix not in found
-            found[site.matrix] = Layout.parse(node.args[4])
+            found[site.matrix] = graph.matrices[site.matrix].packed.layout
         if node.target is ops.GROUPED_LINEAR:
             many = quantized_experts_of(node)
             assert many is not None and found.keys().isdisjoint(many.matrices)

@@ -10,6 +10,7 @@ import torch
 from mixllm_compiler import Pass, compat, register_pass
 from mixllm_compiler.allocation.plan import Plan
 from mixllm_compiler.errors import VerifyError
+from mixllm_compiler.lowering.cpp import isa
 from mixllm_compiler.passes.pipeline import OWN_PASSES
 from mixllm_compiler.passes.registry import unregister_pass
 from mixllm_compiler.runtime import records
@@ -69,6 +70,9 @@ def test_a_dump_has_the_plan_and_a_summary(tmp_path):
     assert summary.startswith("mixllm: 7 linears, ")
     for name in ("self_attn.q_proj", "mlp.down_proj", *NAMES):
         assert name in summary
+    sources = {path.name: path.read_text() for path in (folder / "kernels").iterdir()}
+    assert len(sources) == 2
+    assert all(name.startswith("cpp.v1-") and "mixllm_" in text for name, text in sources.items())
 
 
 def test_every_graph_has_a_folder_of_its_own(tmp_path):
@@ -168,7 +172,12 @@ def test_a_record_says_what_became_of_every_linear():
     by_name = {line.name: line for line in graph.linears}
     assert by_name["self_attn.o_proj"].kept_float == "excluded by '*.o_proj'"
     line = by_name["mlp.up_proj"]
-    assert (line.n, line.k, line.rows, line.kernel) == (256, 128, {8: 256}, "reference")
+    assert (line.n, line.k, line.rows, line.kernel) == (
+        256,
+        128,
+        {8: 256},
+        f"cpp.v1 {isa.current().name}",
+    )
     assert line.true_bits == 8 + 16 / 128 + 4 / 128  # codes, one fp16 scale a group, the width
     assert graph.headline().endswith("1 kept float")
     assert [name for name, *_ in graph.passes] == NAMES

@@ -26,10 +26,12 @@ from ...formats.layout import Layout
 from ..target import Target
 from . import compiling, dispatch, driver, support
 from . import layout as tiles
-from .generate import TYPES, LinearSpec, generate
+from .generate import TYPES, VERSION, LinearSpec, generate
 from .variants import Launch, Variant
 
 _MAX_WIDTHS = 6
+_MULTIPROCESSORS = 132  # of an H100 or H200, where sources are shown without a GPU
+_SHOWN_TOKENS = (1, 64, 4096)  # whose kernels a dump shows
 
 _forced: Variant | None = None
 _programmatic = True
@@ -105,6 +107,21 @@ class CudaLinears:
             arguments.insert(0, driver.token_map(codes.data_ptr(), m, columns, variant.tokens))
         start(kernel, launch, codes.device, *arguments)
         return out
+
+    def sources(
+        self, layout: Layout, mode: str, dtype: torch.dtype, bias: bool, target: Target
+    ) -> dict[str, str]:
+        """File name → source of the kernels that run a linear for one, some and many tokens."""
+        widths = tuple(bits for bits, _ in layout.widths)
+        count = _MULTIPROCESSORS
+        if torch.cuda.is_available():
+            count = torch.cuda.get_device_properties("cuda").multi_processor_count
+        found = {}
+        for m in _SHOWN_TOKENS:
+            variant = dispatch.choose(m, layout, target, count)
+            name = f"{VERSION}-linear-{''.join(f'w{b}' for b in widths)}-{variant.regime}.cu"
+            found[name] = generate(LinearSpec(widths, dtype, variant))
+        return found
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from .. import sources
 from ..spec import BlobLayout, Bucket, KernelSpec, Numerics, QuantizerSpec
 from ..target import Target
 from . import layout as tiles
-from .generate import generate
+from .generate import VERSION, generate
 from .schedule import BAND, schedule
 from .support import OUTPUTS, device_reason
 
@@ -46,6 +46,7 @@ class TritonKernels:
             LoweringError: no kernel for this device or group.
         """
         if hadamard:
+            # Not fused yet: the transform is an op of its own, and the kernel reads its result.
             x = HADAMARD(x, hadamard)
         k, lead = x.shape[-1], x.shape[:-1]
         groups = groups_of(k, group)
@@ -101,6 +102,14 @@ class TritonKernels:
                     *inputs, *extra, out, m, layout.n, groups, *linear.tiles, **options
                 )
         return out
+
+    def sources(
+        self, layout: Layout, mode: str, dtype: torch.dtype, bias: bool, target: Target
+    ) -> dict[str, str]:
+        """File name → source of the kernel that runs a linear."""
+        spec = linear_spec(layout, mode, dtype, bias, target)
+        widths = "".join(f"w{b}" for b in spec.layout.widths)
+        return {f"{VERSION}-linear-{widths}-{spec.numerics.mode}.py": generate(spec)}
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

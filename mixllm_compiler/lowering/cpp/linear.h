@@ -1,0 +1,151 @@
+// The linear: activations in tiles of tokens, work shared among threads, panels in output order.
+
+struct Shape {  // what does not change from call to call
+  int64_t n, groups, group, panels;
+  int32_t widths;  // bit b: there are rows of b bits
+  int32_t out_type, bias_type;
+};
+
+constexpr long BLOCK = 96;         // tokens that pass a panel together: their codes stay in the L2 cache
+constexpr long CHUNK = 10 * BLOCK;  // tokens whose tiles are in memory at a time
+
+// Tokens are cut into as few tiles as there can be, that differ by at most one token.
+struct Tiling {
+  long m, count, base, wider;
+  explicit Tiling(long tokens) : m(tokens), count((tokens + TOKENS - 1) / TOKENS), base(tokens / count), wider(tokens % count) {}
+  long first(long i) const { return i * base + std::min(i, wider); }
+  int tokens(long i) const { return (int)(base + (i < wider)); }
+};
+
+// Where the tiles of some tokens lie in a buffer.
+struct Activations {
+  long groups, padded;
+  bool tables;
+  int8_t* codes;
+  int32_t *halves, *minus128, *table;
+  float* scales;
+  Activations(const Shape& s, long m, Buffer& buffer)
+      : groups(s.groups), padded(s.groups * s.group), tables(FAMILY == ASYM && LOOKS_UP && (s.widths & 0x1c)) {
+    const size_t each = ((size_t)m * groups * 4 + 63) & ~(size_t)63, all = ((size_t)m * padded + 63) & ~(size_t)63;
+    uint8_t* p = buffer.reserve(all + 3 * each + (tables ? 16 * each : 0));
+    table = (int32_t*)p;
+    p += tables ? 16 * each : 0;
+    codes = (int8_t*)p;
+    halves = (int32_t*)(p + all);
+    minus128 = (int32_t*)(p + all + each);
+    scales = (float*)(p + all + 2 * each);
+  }
+  // The tile of tokens m ... m + T - 1; `outside` are codes that need no new order.
+  Tile tile(long m, const float* token_scales, const int8_t* outside) const {
+    const long at = m * groups;
+    return {outside ? outside : codes + m * padded, halves + at, minus128 + (INTEGER ? m : at), table + at * 16,
+            PER_GROUP ? scales + at : token_scales + m};
+  }
+  // Write the tile of tokens m ... m + T - 1. One token's codes are in order already.
+  void fill(long m, int T, const int8_t* x, const float* x_scales, const int32_t* sums) {
+    if (T > 1) interleave(x + m * padded, T, (uint32_t*)(codes + m * padded));
+    for (int t = 0; t < T; t++) {
+      const int32_t* sum = sums + (m + t) * groups;
+      int32_t all = 0;
+      for (long g = 0; g < groups; g++) {
+        const long at = m * groups + g * T + t;
+        const uint32_t s = (uint32_t)sum[g];
+        all += sum[g];
+        if (!INTEGER) minus128[at] = -128 * sum[g];
+        if (FAMILY == ASYM) halves[at] = (int32_t)((0 - s) & 0xffff);
+        else if (!INTEGER) halves[at] = (int32_t)(g % 2 ? s << 16 : s & 0xffff);
+        else if (g % 2 == 0)
+          halves[m * groups + g / 2 * T + t] =
+              (int32_t)((s & 0xffff) | (g + 1 < groups ? (uint32_t)sum[g + 1] << 16 : 0));
+        if (PER_GROUP) scales[at] = x_scales[(m + t) * groups + g];
+        if (tables)
+          for (int z = 0; z < 16; z++) table[at * 16 + z] = -z * sum[g];
+      }
+      if (INTEGER) minus128[m + t] = -128 * all;
+    }
+  }
+
+ private:
+  void interleave(const int8_t* x, int T, uint32_t* to) const {
+    for (int t = 0; t < T; t++)
+      for (long k = 0; k < padded / 4; k++) memcpy(to + k * T + t, x + t * padded + 4 * k, 4);
+  }
+};
+
+// Where thread i of n begins in the panels, by what they cost: few tokens read bytes, many multiply.
+static long begin(const Panel* panels, long count, long m, int i, int n) {
+  if (i == n) return count;
+  if (m >= 8) return count * i / n;
+  long total = 0, sum = 0, p = 0;
+  for (long q = 0; q < count; q++) total += panels[q].bits;
+  for (; p < count && (sum + panels[p].bits / 2) * n < total * i; p++) sum += panels[p].bits;
+  return p;
+}
+
+static void multiply(const Shape& s, const Activations& in, const Tiling& tiling, const int8_t* x,
+                     const float* x_scales, const uint8_t* blob, const void* bias, void* out, long m0) {
+  const Panel* panels = (const Panel*)(blob + s.panels * 256);
+  const int id = omp_get_thread_num(), threads = omp_get_num_threads();
+  const long per_block = std::max<long>(1, BLOCK / TOKENS), blocks = (tiling.count + per_block - 1) / per_block;
+  // Of the (panel, block) pairs, panel by panel, each thread has a range; with one block, by cost.
+  long from, to;
+  if (blocks == 1) {
+    from = begin(panels, s.panels, tiling.m, id, threads), to = begin(panels, s.panels, tiling.m, id + 1, threads);
+  } else {
+    from = s.panels * blocks * id / threads, to = s.panels * blocks * (id + 1) / threads;
+  }
+  alignas(64) float results[TOKENS * 64];
+  Rows rows;
+  for (long b = 0; b < blocks; b++) {
+    const long last = std::min(tiling.count, (b + 1) * per_block);
+    for (long p = (from - b + blocks - 1) / blocks; p * blocks + b < to; p++) {
+      const Panel& panel = panels[p];
+      gather(panel, blob, (Type)s.bias_type, bias, rows);
+      for (long i = b * per_block; i < last; i++) {
+        const long m = tiling.first(i);
+        const int T = tiling.tokens(i);
+        const Tile tile = in.tile(m, x_scales, T == 1 ? x + m * in.padded : nullptr);
+        expect(panel, T, (Type)s.out_type, out, m0 + m, s.n);
+        run(panel.bits, T, blob + panel.start, tile, s.groups, s.group / 4, results);
+        finish(panel, rows, s.bias_type != NONE, results, T, x_scales + m, (Type)s.out_type, out, m0 + m, s.n);
+      }
+    }
+  }
+}
+
+static thread_local Buffer own, shared;
+
+// y [m, n] = the mixed linear of codes [m, K'], scales [m, groups or 1], sums [m, groups].
+extern "C" __attribute__((visibility("default"))) void mixllm_linear(
+    const Shape* shape, const int8_t* codes, const float* scales, const int32_t* sums, const uint8_t* blob,
+    const void* bias, void* out, int64_t tokens, int32_t threads) {
+  const Shape& s = *shape;
+  const long padded = s.groups * s.group, n_scales = PER_GROUP ? s.groups : 1;
+  // A thread for work that takes less than it takes to wake one up helps nobody.
+  const double work = (double)tokens * s.panels * 64 * padded;
+  threads = std::max<int32_t>(1, (int32_t)std::min<double>(threads, work / 200e3));
+  for (long m0 = 0; m0 < tokens; m0 += CHUNK) {
+    const long m = std::min<long>(CHUNK, tokens - m0);
+    const int8_t* x = codes + m0 * padded;
+    const float* x_scales = scales + m0 * n_scales;
+    const int32_t* x_sums = sums + m0 * s.groups;
+    const Tiling tiling(m);
+    if (tiling.count == 1) {  // each thread prepares its own copy: cheaper than to wait for one
+#pragma omp parallel num_threads(threads)
+      {
+        Activations in(s, m, own);
+        in.fill(0, (int)m, x, x_scales, x_sums);
+        multiply(s, in, tiling, x, x_scales, blob, bias, out, m0);
+      }
+      continue;
+    }
+    Activations in(s, m, shared);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (long i = 0; i < tiling.count; i++) in.fill(tiling.first(i), tiling.tokens(i), x, x_scales, x_sums);
+      multiply(s, in, tiling, x, x_scales, blob, bias, out, m0);
+    }
+    shared.trim();
+  }
+}
