@@ -27,8 +27,10 @@ from torch.nn import functional as F
 from cpu_peaks import Peaks, Timing
 from mixllm_compiler.formats.layout import PackedWeight, pack
 from mixllm_compiler.ir import reference
-from mixllm_compiler.lowering.cpp import isa, launch
-from mixllm_compiler.lowering.lowered import LOWERED_LINEAR, LOWERED_QUANTIZE, expand_linear
+from mixllm_compiler.lowering.cpp import isa, launch, native
+from mixllm_compiler.lowering.cpp import layout as panels
+from mixllm_compiler.lowering.cpp.kernels import Scheme
+from mixllm_compiler.lowering.lowered import LOWERED_LINEAR, expand_linear
 from mixllm_compiler.quantizers.rtn import quantize_rtn
 from results_io import Bar, write_results
 
@@ -72,11 +74,15 @@ def ours(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, mode: str = MODE
 ) -> Callable[[Tensor], Tensor]:
     """Float in, float out, for a blob."""
-    layout = str(weight.layout)
+    layout = weight.layout
+    native.load(Scheme(layout.family, mode))
+    widths = sum(1 << bits for bits, _ in layout.widths)
+    sizes = (layout.n, layout.groups, layout.group, panels.panel_count(layout), widths)
+    rest = (*sizes, int(layout.family == "two-level"), native.OUTPUTS.index(x.dtype))
 
-    def call(blob: Tensor) -> Tensor:
-        codes = LOWERED_QUANTIZE(x, mode, GROUP, 0, KERNEL)
-        return LOWERED_LINEAR(*codes, blob, bias, layout, x.dtype, KERNEL)
+    def call(blob: Tensor) -> Tensor:  # as compiled graphs do
+        codes = native.NATIVE_QUANTIZE(x, GROUP, int(mode == "group"), 0)
+        return native.NATIVE_LINEAR(*codes, blob, bias, *rest)
 
     return call
 
@@ -194,6 +200,28 @@ def width_table(peaks: Peaks, limit: float) -> list[dict[str, Any]]:
     return rows
 
 
+def quantizer_table(peaks: Peaks, limit: float) -> list[dict[str, Any]]:
+    """The activation quantizer as our kernel and as Inductor compiles its definition."""
+    native.load(Scheme(FAMILY, MODE))
+
+    def definition(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        x = reference.hadamard(x, block) if block else x
+        return reference.quantize_activation(x, MODE, GROUP)
+
+    compiled = torch.compile(definition, dynamic=False)
+    rows = []
+    for m, block in itertools.product((1, 512), (0, 128)):
+        x = torch.randn(m, 2048)
+        calls = {
+            "kernel": over([x], lambda x, block=block: native.NATIVE_QUANTIZE(x, GROUP, 0, block)),
+            "Inductor": over([x], lambda x, block=block: compiled(x, block)),
+        }
+        found = peaks.measure(calls, limit)
+        times = {f"us, {name}": round(t.seconds * 1e6, 1) for name, t in found.items()}
+        rows.append({"M": m, "K": 2048, "Hadamard block": block, **times})
+    return rows
+
+
 def isa_table(limit: float) -> list[dict[str, Any]]:
     """Every instruction set of this machine, one thread, weights in the cache."""
     n, k = SHAPES[0]
@@ -290,6 +318,7 @@ def main() -> None:
     with torch.no_grad():
         table = main_table(peaks, SHAPES, TOKENS, options.limit)
         widths = width_table(peaks, options.limit)
+        quantizers = quantizer_table(peaks, options.limit)
         isas = isa_table(options.limit)
     found = bars(table, widths, isas)
     extra = {
@@ -298,6 +327,7 @@ def main() -> None:
         "VNNI peak, Gop/s": round(peaks.best / 1e9),
         "read, GB/s": round(statistics.median(r["read GB/s"] for r in table), 1),
         "widths": widths,
+        "quantizer": quantizers,
         "instruction sets, one thread": isas,
     }
     path = write_results(__file__, table, found, device="cpu", extra=extra)

@@ -14,7 +14,7 @@ from mixllm_compiler.formats.layout import Layout, pack, unpack
 from mixllm_compiler.ir import ops
 from mixllm_compiler.ir.annotations import quantized_of
 from mixllm_compiler.lowering.cuda import compiling
-from mixllm_compiler.lowering.lowered import LOWERED_QUANTIZE
+from mixllm_compiler.lowering.lowered import LOWERED_LINEAR, LOWERED_QUANTIZE
 from mixllm_compiler.lowering.target import Target
 from mixllm_compiler.modules import PackedLinear
 from mixllm_compiler.options import Options
@@ -148,6 +148,15 @@ def test_the_reference_keeps_the_semantic_ops():
     graph, _ = rewritten("select-kernels", kernels="reference")
     assert len(graph.calls(ops.DEQUANTIZE)) == 7
     assert {(m.kernel, m.packing) for m in graph.matrices.values()} == {("reference", "plain.v1")}
+
+
+def test_on_a_cpu_a_transform_goes_into_the_quantizer_that_reads_it():
+    graph, _ = rewritten("select-kernels", rotate=128)
+    assert not graph.calls(ops.HADAMARD, ops.QUANTIZE_ACTIVATION, ops.DEQUANTIZE)
+    assert {node.args[3:] for node in graph.calls(LOWERED_QUANTIZE)} == {(128, "cpp.v1")}
+    assert len(graph.calls(LOWERED_LINEAR)) == 7
+    graph, _ = rewritten("select-kernels", rotate=128, kernels="reference")
+    assert graph.calls(ops.HADAMARD) and graph.calls(ops.QUANTIZE_ACTIVATION)
 
 
 def test_a_lowering_that_the_target_lacks_is_refused_with_its_reason():
