@@ -90,7 +90,7 @@ class SelectKernels(Pass):
     def _lower_quantizers(graph: MixGraph, with_kernel: set[str]) -> None:
         """A quantizer becomes a kernel when all of its readers are one lowering's that has one.
 
-        A transform whose only reader it is goes into the kernel with it.
+        A transform goes into the kernel with it; the op in front goes when its last reader does.
         """
         for quantizer in graph.calls(ops.QUANTIZE_ACTIVATION):
             readers = {r for output in quantizer.users for r in output.users}
@@ -109,8 +109,6 @@ class SelectKernels(Pass):
             node = graph.replace(
                 quantizer, lambda: graph.graph.call_function(lowered.LOWERED_QUANTIZE, args)
             )
-            if rotation is not None and not rotation.users:
-                graph.graph.erase_node(rotation)
             record = QuantizedSite(_any_matrix(readers), "quantize_activation", kernel)
             annotate(node, record)
 

@@ -83,7 +83,7 @@ def test_cpus_get_generated_cpp(mode, family):
     assert (choice.lowering, choice.kernel) == ("cpp", "cpp.v1")
     assert (choice.packing, choice.quantizer) == ("panels64.v1", "kernel")
     assert choice.name == f"cpp.v1 {isa.current().name}"
-    assert choice.reasons[0].startswith("triton: ")
+    assert [reason.split(":")[0] for reason in choice.reasons] == ["cuda", "triton"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_cpus_get_generated_cpp(mode, family):
 def test_what_cpp_cannot_do_goes_to_the_reference_with_a_reason(layout, dtype, why):
     choice = select(layout, "token", dtype, CPU)
     assert choice.lowering == "reference"
-    assert choice.reasons[1].startswith("cpp: ") and why in choice.reasons[1]
+    assert choice.reasons[-1].startswith("cpp: ") and why in choice.reasons[-1]
 
 
 @pytest.fixture
@@ -124,14 +124,14 @@ def test_without_a_compiler_cpus_get_the_reference_and_hear_of_it_once(
     for _ in range(2):
         choice = select(LAYOUT, "token", BF16, CPU)
         assert choice.lowering == "reference"
-        assert "no C++ compiler: install g++ or clang++" in choice.reasons[1]
+        assert "no C++ compiler: install g++ or clang++" in choice.reasons[-1]
     assert caplog.text.count("linears run in plain torch, slowly: no C++ compiler") == 1
 
 
 def test_where_building_is_forbidden_cpus_get_the_reference(fresh_libraries, monkeypatch, tmp_path):
     monkeypatch.setenv("MIXLLM_NO_BUILD", "1")
     monkeypatch.setenv("MIXLLM_CACHE_DIR", str(tmp_path))
-    assert "MIXLLM_NO_BUILD forbids" in select(LAYOUT, "token", BF16, CPU).reasons[1]
+    assert "MIXLLM_NO_BUILD forbids" in select(LAYOUT, "token", BF16, CPU).reasons[-1]
 
 
 def test_a_compiler_that_fails_is_quoted(fresh_libraries, monkeypatch, tmp_path):
@@ -140,7 +140,7 @@ def test_a_compiler_that_fails_is_quoted(fresh_libraries, monkeypatch, tmp_path)
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("MIXLLM_CACHE_DIR", str(tmp_path))
-    assert "it is broken" in select(LAYOUT, "token", BF16, CPU).reasons[1]
+    assert "it is broken" in select(LAYOUT, "token", BF16, CPU).reasons[-1]
 
 
 def test_with_the_interpreter_cpus_get_triton(monkeypatch):
