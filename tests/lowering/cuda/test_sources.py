@@ -12,7 +12,7 @@ from mixllm_compiler.errors import LoweringError, OptionError
 from mixllm_compiler.formats.row_format import WIDTHS
 from mixllm_compiler.lowering.cuda import compiling
 from mixllm_compiler.lowering.cuda.dispatch import choose
-from mixllm_compiler.lowering.cuda.generate import LinearSpec, QuantizeSpec, generate
+from mixllm_compiler.lowering.cuda.generate import LinearSpec, generate
 from mixllm_compiler.lowering.cuda.variants import Variant
 from mixllm_compiler.lowering.target import Target
 
@@ -72,7 +72,6 @@ def test_every_problem_gets_a_variant_that_its_gpu_runs(m, tiles, groups, target
         (linear("middle:64,6,2,0,2,1,2"), "sm_90a"),
         (linear("middle:128,6,1,1,1,2,1", out=torch.float32), "sm_90a"),
         (linear("prefill:256,3,4"), "sm_90a"),
-        (QuantizeSpec(BF16, 2, 128), "sm_80"),
     ],
     ids=str,
 )
