@@ -13,6 +13,7 @@ from ..formats.bits import resident_bits, true_bits
 from ..formats.layout import Layout, unpack
 from ..ir.annotations import quantized_of
 from ..ir.graph import Matrix, MixGraph
+from ..ir.ops import MODES
 from ..ir.text import render
 from ..lowering.cost import predict_float_seconds, predict_seconds
 from ..lowering.lowered import LOWERED_LINEAR
@@ -135,7 +136,7 @@ def kernel_sources(graph: MixGraph) -> dict[str, str]:
         device = graph.module.get_buffer(blob.target).device
         spec = linear_spec(
             Layout.parse(layout),
-            quantizer.args[1],
+            next(str(a) for a in quantizer.args if a in MODES),
             dtype,
             bias is not None,
             Target.of(device),
