@@ -125,8 +125,7 @@ def measure(
         measures["read"] = capture(read, blobs, seconds)
     times = dict(zip(measures, medians(*measures.values(), samples=samples), strict=True))
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    tiles = sum(-(-count // 64) for _, count in linear.layout.widths)
-    variant = dispatch.choose(m, tiles, linear.layout.groups, Target.of("cuda"), multiprocessors)
+    variant = dispatch.choose(m, linear.layout, Target.of("cuda"), multiprocessors)
     row: dict[str, Any] = {"linear": name, "tokens": m, "variant": str(variant)}
     row |= {f"{key} us": value * 1e6 for key, value in times.items()}
     row |= {f"{key} ratio": times["bf16"] / value for key, value in times.items() if key != "bf16"}

@@ -24,6 +24,7 @@ from mixllm_compiler.errors import LoweringError
 from mixllm_compiler.formats.layout import pack
 from mixllm_compiler.lowering import sources
 from mixllm_compiler.lowering.cuda import dispatch, launch
+from mixllm_compiler.lowering.cuda.cost import Problem
 from mixllm_compiler.lowering.cuda.variants import Variant
 from mixllm_compiler.lowering.target import Target
 from mixllm_compiler.runtime import build
@@ -34,15 +35,21 @@ SHAPES = ((64, 32), (448, 32), (96, 32), (64, 112), (128, 224), (16, 32), (32, 3
 
 TOKENS = (1, 4, 8, 12, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 SHARES = {2: 0.04, 3: 0.21, 4: 0.42, 5: 0.20, 6: 0.08, 8: 0.05}
-BETTER = 0.99  # another variant than the rule's must be faster by this factor
+BETTER = 0.99  # another variant than the cost model's must be faster by this factor
 TABLES = Path(dispatch.__file__).parent / "tables"
 
 
-def make(tiles: int, groups: int) -> MixedLinear:
-    """A matrix of about the mix's shares, rows at random."""
+def row_counts(tiles: int) -> dict[int, int]:
+    """Tiles of each width, of about the mix's shares."""
     widths = [b for b, share in SHARES.items() for _ in range(max(1, round(share * tiles)))]
     widths = sorted((widths + [4] * tiles)[:tiles])
-    rows = torch.tensor(widths, dtype=torch.uint8).repeat_interleave(64)
+    return {bits: widths.count(bits) for bits in sorted(set(widths))}
+
+
+def make(tiles: int, groups: int) -> MixedLinear:
+    """A matrix of so many tiles, rows at random."""
+    counts = row_counts(tiles)
+    rows = torch.tensor([b for b, n in counts.items() for _ in range(64 * n)], dtype=torch.uint8)
     weight = random_weight(rows[torch.randperm(len(rows))], groups * 128)
     packed = pack(weight, "cuda64.v1")
     return MixedLinear(weight, packed.layout, copies(packed.blob))
@@ -96,9 +103,9 @@ def main() -> None:
         for m in tokens:
             times = time_variants(linear, m, target, options.without)
             best = min(times, key=times.__getitem__)
-            rule = str(dispatch.by_rule(m, tiles, groups, target, count))
-            if rule in times and times[best] > BETTER * times[rule]:
-                best = rule
+            cheap = str(dispatch.by_cost(m, Problem.of(linear.layout), target, count))
+            if cheap in times and times[best] > BETTER * times[cheap]:
+                best = cheap
             entries.append((m, tiles, groups, best))
             rows.append({"tiles": tiles, "groups": groups, "tokens": m, "best": best, **times})
             print(tiles, groups, m, best, f"{times[best]:.2f}", flush=True)

@@ -51,7 +51,7 @@ class Options:
         verify: check the graph after every pass.
         lower: "inductor" compiles the rest of the graph, "eager" interprets it.
         release: free the float weights after packing; they cannot be read again.
-        kernels: force one lowering by name ("reference", "triton"), None picks the fastest.
+        kernels: force one lowering by name ("reference", "triton", "cuda"), None picks the fastest.
         inductor: extra Inductor settings for the hand-over.
         quiet: no summary line.
     """

@@ -1,9 +1,10 @@
-"""How long a mixed linear takes: a first version, a roofline.
+"""How long a mixed linear takes: what was fitted to measurements, else a roofline.
 
-It takes whichever is longer, moving the bytes or doing the arithmetic, and adds the fixed time of a
-launch. No kernel reaches both limits, so times come out too short, least so where one limit rules:
-few tokens (bytes) and many (arithmetic). What it ranks well is layouts and widths at equal M.
-Quantizing the activations is not in it.
+Two-level rows on a GPU whose CUDA kernels were timed: `cuda.cost`. Elsewhere it takes whichever is
+longer, moving the bytes or doing the arithmetic, and adds the fixed time of a launch. No kernel
+reaches both limits, so those times come out too short, least so where one limit rules: few tokens
+(bytes) and many (arithmetic). What it ranks well is layouts and widths at equal M. Quantizing the
+activations is in neither.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from ..formats.layout import Layout
 from ..formats.row_format import RowFormat
+from .cuda import dispatch, support
 from .target import Target
 
 
@@ -24,19 +26,23 @@ class Limits:
         int8: multiplications and additions a second of int8 matrix instructions.
         half: the same of bf16 and fp16 ones.
         launch: seconds that a kernel takes beyond both.
+        multiprocessors: how many it has.
     """
 
     bandwidth: float
     int8: float
     half: float
     launch: float
+    multiprocessors: int
 
 
 _LIMITS = {
     # bandwidth: a kernel that only reads 66 MB, in CUDA-graph replay, measured 3.9e12; the product
     # is sold with 4.8e12. int8 and half: NVIDIA's data sheet, dense. launch: what small matrices
     # cost in graph replay beyond their bytes, measured about 2 µs.
-    "H200": Limits(bandwidth=3.9e12, int8=1.979e15, half=0.989e15, launch=2e-6),
+    "H200": Limits(
+        bandwidth=3.9e12, int8=1.979e15, half=0.989e15, launch=2e-6, multiprocessors=132
+    ),
 }
 
 _OUTPUT_BYTES = 2  # bf16 or fp16
@@ -52,6 +58,8 @@ def predict_seconds(m: int, layout: Layout, target: Target) -> float | None:
     known = limits(target)
     if known is None:
         return None
+    if support.layout_reason(layout) is None and dispatch.table(target):
+        return dispatch.predict(m, layout, target, known.multiprocessors)
     weights = sum(
         n * RowFormat(bits, layout.group, layout.family).row_bytes(layout.k)
         for bits, n in layout.widths

@@ -38,6 +38,7 @@ def checkup() -> list[Check]:
         _entry_point(),
         *_devices(),
         _triton(),
+        _cuda_compiler(),
         _cpp_compiler(),
         _matplotlib(),
         _demo_model(),
@@ -105,6 +106,15 @@ def _triton() -> Check:
     except ImportError:
         return Check("triton", "none", "not installed: no generated GPU kernels")
     return Check("triton", "ok", triton.__version__)
+
+
+def _cuda_compiler() -> Check:
+    from ..lowering.cuda import compiling
+
+    found = compiling.available()
+    if found is None:
+        return Check("CUDA compiler", "none", compiling.missing())
+    return Check("CUDA compiler", "ok", found)
 
 
 def _cpp_compiler() -> Check:

@@ -32,6 +32,7 @@ MIXES = {
     "71 % of 8": ((4, 8), 0.71),
     "all widths": (WIDTHS, None),
 }
+HOPPER = ["staged:1,2,16,2,2", "staged:2,2,8,2,4", "prefill:128,5,4"]
 PORTABLE = ["decode:1,1,8,4", "decode:1,2,16,2", "decode:2,2,8,1", "mma:32,4", "mma:64,4"]
 
 
@@ -42,8 +43,9 @@ def variants() -> list[str]:
 
     if not torch.cuda.is_available():
         return PORTABLE
-    found = {str(v) for v in shipped(Target.of("cuda"))}
-    return sorted(found | set(PORTABLE))
+    target = Target.of("cuda")
+    found = {str(v) for v in shipped(target)} | set(PORTABLE)
+    return sorted(found | set(HOPPER if target.capability == (9, 0) else ()))
 
 
 @pytest.fixture(autouse=True)

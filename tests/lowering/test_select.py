@@ -119,6 +119,12 @@ def test_cost_is_none_where_nothing_is_known():
     assert predict_seconds(1, LAYOUT, Target.parse("cuda sm_90 NVIDIA H2000")) is None
 
 
+def test_the_cost_of_two_level_rows_is_that_of_the_cuda_kernels():
+    few, many = (predict_seconds(m, TWO_LEVEL, H200) for m in (1, 4096))
+    assert 2e-6 < few < 8e-6 and 80e-6 < many < 160e-6
+    assert predict_seconds(1, TWO_LEVEL, Target.parse("cuda sm_90")) is None
+
+
 def test_few_tokens_cost_bytes_and_many_cost_arithmetic():
     wide = Layout(4096, ((8, 4096),), 128)
     few = [predict_seconds(1, layout, H200) for layout in (LAYOUT, wide)]

@@ -50,7 +50,8 @@ def available() -> str | None:
 def missing() -> str:
     """What to do where there is no compiler."""
     return (
-        "no CUDA compiler: install the extra 'cuda' (cuda-core brings NVRTC), or put nvcc into PATH"
+        "no CUDA compiler: install the extra 'cuda' (cuda-core calls the NVRTC that torch's CUDA "
+        "builds bring), or put nvcc into PATH"
     )
 
 

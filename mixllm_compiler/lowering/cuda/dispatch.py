@@ -1,7 +1,7 @@
-"""Which variant runs a linear: by M, tiles of rows, groups along K and the GPU.
+"""Which variant runs a linear: by M, the rows of each width, groups along K and the GPU.
 
-For GPUs with a table (`tables/<name>.json`, made by timing all candidates) the entry of the nearest
-problem decides; elsewhere rules that its entries taught us. Nothing is timed here.
+Shapes that were timed on this GPU (`tables/<name>.json`, made by `bench/tune_gemm.py`) get what was
+fastest; all others what the cost model says. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 
+from ...formats.layout import Layout
 from ..target import Target
+from .cost import Problem, predict_seconds
 from .variants import Variant
 
 DECODE_TOKENS = 16  # above this many, weights go through shared memory
+_ALIKE = math.log(1.05)  # shapes that differ by less have the same entry
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,41 @@ class Entry:
     groups: int
     variant: Variant
 
-    def distance(self, tiles: int, groups: int) -> float:
-        """How unlike a problem is: factors between the sizes; tiles count double."""
-        return 2 * abs(math.log(self.tiles / tiles)) + abs(math.log(self.groups / groups))
+    def distance(self, problem: Problem) -> float:
+        """How unlike a problem is: factors between the sizes, as logarithms."""
+        return abs(math.log(self.tiles / problem.tiles)) + abs(
+            math.log(self.groups / problem.groups)
+        )
 
 
 @functools.lru_cache(maxsize=65_536)
-def choose(m: int, tiles: int, groups: int, target: Target, multiprocessors: int) -> Variant:
-    """The variant for M tokens, so many tiles of 64 rows and groups of 128 along K."""
-    entries = table(target)
-    if not entries:
-        return by_rule(m, tiles, groups, target, multiprocessors)
-    buckets = sorted({entry.tokens for entry in entries})
-    bucket = next((tokens for tokens in buckets if m <= tokens), buckets[-1])
-    near = (entry for entry in entries if entry.tokens == bucket)
-    return min(near, key=lambda entry: entry.distance(tiles, groups)).variant
+def choose(m: int, layout: Layout, target: Target, multiprocessors: int) -> Variant:
+    """The variant for M tokens and a weight of that layout."""
+    problem = Problem.of(layout)
+    entries = [entry for entry in table(target) if entry.distance(problem) < _ALIKE]
+    if entries:
+        last = max(entry.tokens for entry in entries)
+        enough = (entry for entry in entries if entry.tokens >= min(m, last))
+        return min(enough, key=lambda entry: (entry.tokens, entry.distance(problem))).variant
+    return by_cost(m, problem, target, multiprocessors)
+
+
+def by_cost(m: int, problem: Problem, target: Target, multiprocessors: int) -> Variant:
+    """The variant that the cost model holds for the fastest."""
+    found = {}
+    for variant in candidates(m, target):
+        seconds = predict_seconds(variant, m, problem, multiprocessors)
+        if seconds is not None:
+            found[variant] = seconds
+    if not found:  # not measured: a portable kernel, tiles of tokens as they fit
+        return Variant("mma", (32 if m <= 32 else 64, 4))
+    return min(found, key=found.__getitem__)
+
+
+def predict(m: int, layout: Layout, target: Target, multiprocessors: int) -> float | None:
+    """Seconds of one linear with the variant that it gets; None where nothing was measured."""
+    variant = choose(m, layout, target, multiprocessors)
+    return predict_seconds(variant, m, Problem.of(layout), multiprocessors)
 
 
 @functools.cache
@@ -62,54 +85,15 @@ def table(target: Target) -> tuple[Entry, ...]:
 def shipped(target: Target) -> set[Variant]:
     """All variants that can be chosen on a target."""
     found = {entry.variant for entry in table(target)}
-    for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1024, 4096):
-        for tiles in (4, 64, 96, 128, 256, 448):
-            found.add(by_rule(m, tiles, 32, target, 132))
+    problem = Problem(64, 32, 10.0, 100.0)
+    for m in (1, 16, 32, 64, 128, 256, 1024):
+        found.add(by_cost(m, problem, target, 132))
+        found |= {v for v in candidates(m, target) if predict_seconds(v, m, problem, 132)}
     return found
 
 
-def by_rule(m: int, tiles: int, groups: int, target: Target, multiprocessors: int) -> Variant:
-    """A good variant without a table."""
-    if m <= DECODE_TOKENS:
-        if m > 8 and target.capability == (9, 0):
-            return Variant("staged", (2, 2, 8, 2, 4))
-        return _decode(m, tiles, multiprocessors)
-    if target.capability != (9, 0):
-        return Variant("mma", (32 if m <= 32 else 64, 4))
-    return _hopper(m, tiles, multiprocessors)
-
-
-def _decode(m: int, tiles: int, multiprocessors: int) -> Variant:
-    octets = 1 if m <= 8 else 2
-    # All CTAs in one wave of many warps each, or many small ones.
-    if octets == 2:
-        return Variant("decode", (octets, 2, 8, 1))
-    if 2 * tiles <= multiprocessors:
-        return Variant("decode", (octets, 2, 16, 2))
-    if tiles <= multiprocessors:
-        return Variant("decode", (octets, 2, 8, 2))
-    return Variant("decode", (octets, 1, 8, 4))
-
-
-def _hopper(m: int, tiles: int, multiprocessors: int) -> Variant:
-    few = tiles <= multiprocessors
-    if m <= 32:
-        return Variant("middle", (32, 8, 2, 1, 1, 1, 2) if few else (32, 5, 1, 1, 2, 2, 1))
-    if m <= 64:
-        return Variant("middle", (64, 6, 2, 0, 2, 1, 2) if few else (64, 4, 1, 0, 2, 2, 1))
-    if m <= 128:
-        return Variant("middle", (128, 8, 1, 2, 1, 1, 2) if few else (128, 6, 1, 1, 1, 2, 1))
-    if m <= 256:
-        return (
-            Variant("middle", (128, 6, 1, 1, 1, 2, 1)) if few else Variant("prefill", (256, 3, 4))
-        )
-    if -(-tiles // 2) * -(-m // 256) < multiprocessors:
-        return Variant("middle", (128, 6, 1, 1, 1, 2, 1))
-    return Variant("prefill", (256, 3, 4))
-
-
 def candidates(m: int, target: Target) -> list[Variant]:
-    """What `bench/tune_gemm.py` times for M tokens."""
+    """All that can be generated for M tokens: what `bench/tune_gemm.py` times."""
     hopper = target.capability == (9, 0)
     if m <= DECODE_TOKENS:
         octets = 1 if m <= 8 else 2
@@ -119,7 +103,7 @@ def candidates(m: int, target: Target) -> list[Variant]:
             texts += _SIXTEEN.split() if octets == 2 else []
         return [Variant.parse(text) for text in texts]
     if not hopper:
-        return [Variant("mma", (tokens, 4)) for tokens in (32, 64, 128)]
+        return [Variant("mma", (tokens, 4)) for tokens in (32, 64)]
     found = [Variant.parse(text) for text in _HOPPER.split()]
     least = next((tokens for tokens in (32, 64, 128, 256) if m <= tokens), 256)
     return [v for v in found if v.tokens in (least, least // 2) or (m > 256 and v.tokens == 128)]
@@ -127,7 +111,7 @@ def candidates(m: int, target: Target) -> list[Variant]:
 
 _DECODE = {
     1: "1,8,2 1,8,4 1,16,2 2,8,1 2,8,2 2,16,1 2,16,2 4,8,1 1,4,4",
-    2: "2,8,1 2,8,2 2,16,1",
+    2: "2,8,1 2,16,1",
 }
 _STAGED = {
     1: "1,8,2,4 1,8,4,4 2,8,1,4 2,8,2,4 2,16,1,2 2,16,2,2 2,16,2,4 4,8,1,4",

@@ -18,7 +18,6 @@ from ...errors import LoweringError
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER, _PROGRAMMATIC = 4, 6  # CU_LAUNCH_ATTRIBUTE_…
 _DEVICE_SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-_STATIC_LIMIT = 48 << 10  # bytes that need no permission
 
 
 class _Attribute(ctypes.Structure):
@@ -71,7 +70,7 @@ class Kernel:
         Raises:
             LoweringError: the device has less.
         """
-        if size <= _STATIC_LIMIT:
+        if not size:
             return
         limit = shared_limit(device)
         if size > limit:

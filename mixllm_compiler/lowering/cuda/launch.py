@@ -131,8 +131,7 @@ class _Linear:
     def variant(self, m: int) -> Variant:
         if _forced is not None:
             return _forced
-        t = self.template
-        return dispatch.choose(m, t.tiles, t.groups, self.target, self.multiprocessors)
+        return dispatch.choose(m, self.layout, self.target, self.multiprocessors)
 
     def kernel(self, m: int, variant: Variant) -> tuple[driver.Kernel, Launch]:
         widths = tuple(bits for bits, _ in self.layout.widths)

@@ -37,58 +37,60 @@ DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x
     __syncthreads();
     let_successor_start();
 
-    if (warpgroup == 0 && warp == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-        if (lane != 0) return;
-        int stage = 0;
-        u32 phase = 1;
-        for (int item = blockIdx.x; item < items; item += gridDim.x) {
-            int pair, token0, group = 0;
-            locate(item, pair, token0);
-            const Blocks b0(w, tile_of(pair, 0)), b1(w, tile_of(pair, 1));
-            auto load_weights = [&](int s, int i) {
-                const u32 to = smem + s * S::STAGE + TOKENS * GROUP, barrier = full + 8 * s;
-                barrier_expect(barrier, TOKENS * GROUP + b0.bytes + b1.bytes);
-                load_bytes(to, b0.first + (long long)i * b0.bytes, b0.bytes, barrier);
-                load_bytes(to + SLOT, b1.first + (long long)i * b1.bytes, b1.bytes, barrier);
-            };
-            auto load_tokens = [&](int s, int i) { load_tile(smem + s * S::STAGE, &map, i * GROUP, token0, full + 8 * s); };
-            if (item == blockIdx.x) {  // weights do not wait for the previous kernel
-                const int ahead = min(STAGES, w.groups);
+    // Registers: 56 and 224 a thread are what 168 were, for one warpgroup and two.
+    if (warpgroup == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (warp == 0) {
+            if (lane != 0) return;
+            int stage = 0;
+            u32 phase = 1;
+            for (int item = blockIdx.x; item < items; item += gridDim.x) {
+                int pair, token0, group = 0;
+                locate(item, pair, token0);
+                const Blocks b0(w, tile_of(pair, 0)), b1(w, tile_of(pair, 1));
+                auto load_weights = [&](int s, int i) {
+                    const u32 to = smem + s * S::STAGE + TOKENS * GROUP, barrier = full + 8 * s;
+                    barrier_expect(barrier, TOKENS * GROUP + b0.bytes + b1.bytes);
+                    load_bytes(to, b0.first + (long long)i * b0.bytes, b0.bytes, barrier);
+                    load_bytes(to + SLOT, b1.first + (long long)i * b1.bytes, b1.bytes, barrier);
+                };
+                auto load_tokens = [&](int s, int i) { load_tile(smem + s * S::STAGE, &map, i * GROUP, token0, full + 8 * s); };
+                if (item == blockIdx.x) {  // weights do not wait for the previous kernel
+                    const int ahead = min(STAGES, w.groups);
 #pragma unroll 1
-                for (int i = 0; i < ahead; i++) load_weights(i, i);
-                wait_for_predecessor();
+                    for (int i = 0; i < ahead; i++) load_weights(i, i);
+                    wait_for_predecessor();
 #pragma unroll 1
-                for (int i = 0; i < ahead; i++) load_tokens(i, i);
-                group = ahead;
-                if (ahead == STAGES) phase = 0; else stage = ahead;
-            }
-#pragma unroll 1
-            for (; group < w.groups; group++) {
-                barrier_wait(empty + 8 * stage, phase);
-                load_weights(stage, group);
-                load_tokens(stage, group);
-                if (++stage == STAGES) { stage = 0; phase ^= 1; }
-            }
-        }
-    } else if (warpgroup == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-        wait_for_predecessor();
-        u32 rounds[2] = {0, 0};
-        for (int item = blockIdx.x; item < items; item += gridDim.x) {
-            int pair, token0;
-            locate(item, pair, token0);
-            const int halves = min(2, w.tiles - 2 * pair);
-            for (int pass = 0; pass < S::PASSES; pass++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    if (half >= halves) break;
-                    const Columns to(w.order() + tile_of(pair, half) * TILE, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
-                    barrier_wait(out_full + 8 * half, rounds[half]++ & 1);
-                    store_chunk<TYPE, S::PASS, 3>(smem + S::OUT + half * S::OUT_BYTES, to, out, w.n, token0 + pass * S::PASS, x.m, warp - 1, lane);
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(out_empty + 8 * half);
+                    for (int i = 0; i < ahead; i++) load_tokens(i, i);
+                    group = ahead;
+                    if (ahead == STAGES) phase = 0; else stage = ahead;
                 }
+#pragma unroll 1
+                for (; group < w.groups; group++) {
+                    barrier_wait(empty + 8 * stage, phase);
+                    load_weights(stage, group);
+                    load_tokens(stage, group);
+                    if (++stage == STAGES) { stage = 0; phase ^= 1; }
+                }
+            }
+        } else {
+            wait_for_predecessor();
+            u32 rounds[2] = {0, 0};
+            for (int item = blockIdx.x; item < items; item += gridDim.x) {
+                int pair, token0;
+                locate(item, pair, token0);
+                const int halves = min(2, w.tiles - 2 * pair);
+                for (int pass = 0; pass < S::PASSES; pass++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        if (half >= halves) break;
+                        const Columns to(w.order() + tile_of(pair, half) * TILE, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
+                        barrier_wait(out_full + 8 * half, rounds[half]++ & 1);
+                        store_chunk<TYPE, S::PASS, 3>(smem + S::OUT + half * S::OUT_BYTES, to, out, w.n, token0 + pass * S::PASS, x.m, warp - 1, lane);
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(out_empty + 8 * half);
+                    }
+            }
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");

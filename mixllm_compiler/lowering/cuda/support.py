@@ -31,6 +31,18 @@ def device_reason(target: Target) -> str | None:
     return None
 
 
+def layout_reason(layout: Layout) -> str | None:
+    """Why no device can run a layout on these kernels; None if some can."""
+    if layout.family != "two-level":
+        return f"it knows the family 'two-level', not {layout.family!r}"
+    if layout.group != GROUP:
+        return f"it knows groups of {GROUP}, not {layout.group}"
+    if layout.k > MAX_K:
+        return f"it knows K up to {MAX_K}, not {layout.k}"
+    unknown = [b for b, _ in layout.widths if b not in LANES]
+    return f"it has no code for rows of {unknown[0]} bits" if unknown else None
+
+
 def reason(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> str | None:
     """Why a linear cannot run on these kernels; None if it can.
 
@@ -40,17 +52,11 @@ def reason(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> str
         dtype: of the output.
         target: the device.
     """
-    if layout.family != "two-level":
-        return f"it knows the family 'two-level', not {layout.family!r}"
+    problem = layout_reason(layout)
+    if problem is not None:
+        return problem
     if mode != "token":
         return f"it needs one activation scale a token, not mode {mode!r}"
-    if layout.group != GROUP:
-        return f"it knows groups of {GROUP}, not {layout.group}"
-    if layout.k > MAX_K:
-        return f"it knows K up to {MAX_K}, not {layout.k}"
-    unknown = [b for b, _ in layout.widths if b not in LANES]
-    if unknown:
-        return f"it has no code for rows of {unknown[0]} bits"
     if dtype not in TYPES:
         return f"it writes bf16, fp16 and fp32, not {dtype}"
     return device_reason(target)

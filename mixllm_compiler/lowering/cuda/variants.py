@@ -1,9 +1,12 @@
 """The kernels that can be generated: a regime and its sizes, as text and as source.
 
-decode:1,2,8,4            octets of tokens, blocks of 16 rows, warps, groups ahead
-mma:64,4                  tokens of a CTA, stages
-middle:64,6,2,0,2,1,2     tokens, stages, ranks, pipeline, CTAs an SM, tiles, sets of warpgroups
-prefill:256,4,4           tokens, stages, token tiles of a band
+| text | sizes |
+|---|---|
+| `decode:1,2,8,4` | octets of tokens, blocks of 16 rows, warps, groups ahead |
+| `staged:2,2,8,2,4` | the same, and slots for the tokens of a warp |
+| `mma:64,4` | tokens of a CTA, stages |
+| `middle:64,6,2,0,2,1,2` | tokens, stages, ranks, pipeline, CTAs an SM, tiles, sets of warpgroups |
+| `prefill:256,3,4` | tokens, stages, token tiles of a band |
 """
 
 from __future__ import annotations
