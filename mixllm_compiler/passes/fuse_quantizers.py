@@ -37,11 +37,11 @@ class FuseQuantizers(Pass):
         writes = [place[node] for node in place if mutated_inputs(node)]
         done: set[fx.Node] = set()
         for quantizer in graph.calls(lowered.LOWERED_QUANTIZE):
-            value = _behind_views(quantizer.args[0])
-            if value in done:
+            if quantizer in done:
                 continue
-            done.add(value)
+            value = _behind_views(quantizer.args[0])
             views, readers = _readers(value)
+            done |= set(readers)
             if not readers or not all(_can_fuse(value, reader) for reader in readers):
                 continue
             found = match(graph, value)

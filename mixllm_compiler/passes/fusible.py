@@ -138,6 +138,17 @@ def _wide(node: Any) -> bool:
     return found is not None and found.dtype == torch.float32
 
 
+def _is_float(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        return isinstance(value.meta.get("example_value"), torch.SymFloat)
+    return isinstance(value, float)
+
+
+def _float(value: Any) -> float:
+    """A number; one that Dynamo made symbolic is fixed, and another one compiles again."""
+    return float(value.meta["example_value"] if isinstance(value, fx.Node) else value)
+
+
 # -- norms ---------------------------------------------------------------------------------------
 
 
@@ -157,9 +168,11 @@ def _torch_norm(graph: MixGraph, value: fx.Node) -> Match | None:
     weight, bias = given.get("weight"), given.get("bias")
     if not all(p is None or _is_parameter(graph, p, value) for p in (weight, bias)):
         return None
-    if (weight is None and bias is not None) or not isinstance(eps, float | None):
+    if (weight is None and bias is not None) or not (eps is None or _is_float(eps)):
         return None
-    return Match(name, x, (value,), weight=weight, bias=bias, eps=eps)
+    return Match(
+        name, x, (value,), weight=weight, bias=bias, eps=None if eps is None else _float(eps)
+    )
 
 
 def _rms_norm(graph: MixGraph, value: fx.Node) -> Match | None:
@@ -203,10 +216,10 @@ def _normalized(node: Any) -> Match | None:
         for eps, mean in _both(shifted, "add"):
             square = _mean(mean)
             wide = _square(square)
-            if isinstance(eps, float) and _wide(wide) and _uncast(wide) is x:
+            if _is_float(eps) and _wide(wide) and _uncast(wide) is x:
                 made = [node, root, shifted, mean, square]
                 casts = [n for n in dict.fromkeys((base, wide)) if n is not x]
-                return Match("", x, (*made, *casts), eps=eps)
+                return Match("", x, (*made, *casts), eps=_float(eps))
     return None
 
 

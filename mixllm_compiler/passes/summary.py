@@ -13,6 +13,7 @@ from ..formats.bits import resident_bits, true_bits
 from ..formats.layout import Layout, unpack
 from ..ir.annotations import quantized_experts_of, quantized_of
 from ..ir.graph import Matrix, MixGraph
+from ..ir.ops import MODES
 from ..ir.text import render
 from ..lowering.cost import predict_float_seconds, predict_seconds
 from ..lowering.lowered import LOWERED_LINEAR, implementation
@@ -145,7 +146,8 @@ def kernel_sources(graph: MixGraph) -> dict[str, str]:
         scales, blob, bias, layout, dtype, kernel = (args[i] for i in (1, 3, 4, 5, 6, 7))
         quantizer = scales.args[0]
         device = graph.module.get_buffer(blob.target).device
+        mode = next(str(a) for a in quantizer.args if a in MODES)
         found |= implementation(kernel).sources(
-            Layout.parse(layout), quantizer.args[1], dtype, bias is not None, Target.of(device)
+            Layout.parse(layout), mode, dtype, bias is not None, Target.of(device)
         )
     return found

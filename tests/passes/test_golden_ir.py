@@ -82,8 +82,14 @@ def test_the_block_is_the_same_in_every_process(block):
 
 def test_every_pass_changes_the_block_or_only_annotates_it(block):
     unchanged = {name for name, (before, after, _) in block.items() if before == after}
-    # It is canonical already; the reference kernels are the semantic ops, in plain packing.
-    assert unchanged == {"canonicalize-linears", "select-kernels", "pack-weights"}
+    # It is canonical already; the reference kernels are the semantic ops, in plain packing, and
+    # know no fused ones.
+    assert unchanged == {
+        "canonicalize-linears",
+        "select-kernels",
+        "fuse-quantizers",
+        "pack-weights",
+    }
 
 
 def test_a_whole_llama_verifies_after_every_pass():

@@ -109,7 +109,7 @@ def test_disabled_passes_do_not_run():
 
 def test_the_semantic_ops_run_without_the_lower_stage():
     model = LlamaBlock()
-    y = compiled(model, disable=("select-kernels", "pack-weights"))(X)
+    y = compiled(model, disable=("select-kernels", "fuse-quantizers", "pack-weights"))(X)
     assert_quantized(y, model(X), oracle(model)(X))
 
 

@@ -10,8 +10,9 @@ import torch
 
 from mixllm_compiler.errors import LoweringError, OptionError
 from mixllm_compiler.formats.row_format import WIDTHS
-from mixllm_compiler.lowering.cuda import compiling
-from mixllm_compiler.lowering.cuda.generate import LinearSpec, QuantizeSpec, generate
+from mixllm_compiler.lowering.cuda import compiling, quantizers
+from mixllm_compiler.lowering.cuda.generate import LinearSpec, generate
+from mixllm_compiler.lowering.cuda.quantizers import QuantizeSpec
 from mixllm_compiler.lowering.cuda.variants import Variant
 
 BF16 = torch.bfloat16
@@ -54,7 +55,6 @@ def test_types_without_kernels_are_refused():
         (linear("middle:64,6,2,0,2,1,2"), "sm_90a"),
         (linear("middle:128,6,1,1,1,2,1", out=torch.float32), "sm_90a"),
         (linear("prefill:256,3,4"), "sm_90a"),
-        (QuantizeSpec(BF16, 2, 128), "sm_80"),
     ],
     ids=str,
 )
@@ -65,6 +65,53 @@ def test_nvcc_makes_clean_code(spec, architecture, tmp_path):
     code, report = compiling.compile_with_nvcc(file, architecture)
     assert len(code) > 1000
     assert re.findall(r"(\d+) bytes spill stores", report) == ["0"]
+
+
+def quantizer(source, dtype=BF16, other=False, parameters=(), shape=(2, 1, 256), hadamard=128):
+    return QuantizeSpec(dtype, source, other, parameters, *shape, hadamard, True)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    "spec, architecture",
+    [
+        (quantizer("plain", hadamard=256), "sm_80"),
+        (quantizer("plain", shape=(4, 1, 1024)), "sm_90a"),
+        (quantizer("rms", other=True, parameters=(BF16,)), "sm_90a"),
+        (
+            quantizer("layer_norm", torch.float32, True, (torch.float32,) * 2, (4, 1, 1024)),
+            "sm_90a",
+        ),
+        (quantizer("silu", other=True, shape=(4, 1, 512)), "sm_90a"),
+        (quantizer("silu", torch.float32, True, shape=(4, 1, 1024)), "sm_90a"),
+        (quantizer("gelu_new", torch.float16, shape=(2, 1, 1024)), "sm_80"),
+    ],
+    ids=str,
+)
+def test_quantizers_stay_in_registers(spec, architecture, tmp_path):
+    """Up to K = 32,768, of which a thread holds 32 values."""
+    file = tmp_path / "kernel.cu"
+    file.write_text(quantizers.generate(spec))
+    _, report = compiling.compile_with_nvcc(file, architecture)
+    assert re.findall(r"(\d+) bytes spill stores", report) == ["0"]
+
+
+def test_a_quantizers_source_names_its_spec():
+    spec = quantizer("rms", other=True, parameters=(BF16,))
+    source = quantizers.generate(spec)
+    assert str(spec) in source and "#include" not in source
+    assert source == quantizers.generate(spec)
+    assert "Norm<0, true, 0, true, 0, -1>" in source
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("length", [128, 384, 4096, 5120, 14336, 16384, 28672, 32768, 65536])
+def test_every_element_of_a_row_has_its_thread(length, few):
+    dealt = quantizers.split(length, few)
+    elements = 8 * dealt.runs * dealt.each
+    assert dealt.threads % 32 == 0 and dealt.threads <= 1024
+    assert length <= dealt.threads * elements < length + 32 * elements
+    assert elements <= 32 or length > 16_384
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
