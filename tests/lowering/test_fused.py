@@ -95,7 +95,7 @@ def test_what_cannot_be_fused_has_a_reason(change, says):
 def test_the_cuda_kernels_know_all_that_may_be_fused():
     assert set(quantizers.NORMS) == set(fused.NORMS)
     assert {*quantizers.HADAMARD_BLOCKS, 0} == set(fused.BLOCKS)
-    dealt = quantizers.split(fused.MAX_K, True)
+    dealt = quantizers.split(fused.MAX_K)
     assert 8 * dealt.runs * dealt.each == 32  # values of a thread: more would leave the registers
 
 

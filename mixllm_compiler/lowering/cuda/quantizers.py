@@ -30,8 +30,6 @@ HADAMARD_BLOCKS = (2, 4, 8, 16, 32, 64, 128, 256)
 NORMS = {"rms": 0, "rms_once": 1, "rms_norm": 1, "rms_plus_one": 2, "layer_norm": 3}
 """Norm → the number of its form in the source; `lowering.fused` says what each computes."""
 
-_FEW = 64  # tokens up to which a row gets as many threads as it can use
-
 
 @dataclass(frozen=True)
 class Split:
@@ -103,14 +101,12 @@ def generate(spec: QuantizeSpec) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def split(length: int, few: bool) -> Split:
-    """How a row of so many elements is dealt out.
+def split(length: int) -> Split:
+    """How a row of so many elements is dealt out, padding included.
 
-    Args:
-        length: elements, padding included.
-        few: there are few tokens, so that all threads which a row can use are free for it.
+    The number of tokens has no say, so that a norm's sums are the same for any.
     """
-    limits = ((2, 1, 16_384), (4, 1, 32_768)) if few else ((2, 1, 4096), (4, 1, 16_384))
+    limits = ((2, 1, 8192), (4, 1, 32_768))
     runs, each = next(((r, e) for r, e, most in limits if length <= most), (4, 2))
     return Split(runs, each, -(-length // (8 * runs * each * 32)) * 32)
 
@@ -242,7 +238,7 @@ def _run(
         return found
     rows = _rows(x, k)
     others = None if other is None else _rows(other, k)
-    dealt = split(length, m <= _FEW or source in NORMS)
+    dealt = split(length)
     read = [t for t in (rows, others, total, *parameters) if t is not None]
     spec = QuantizeSpec(
         x.dtype,

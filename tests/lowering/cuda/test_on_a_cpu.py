@@ -92,12 +92,12 @@ def same(found, expected):
     "dtype, k, hadamard, m",
     [
         (BF16, 4096, 128, 1),
-        (BF16, 1024, 256, 65),
-        (BF16, 5120, 128, 65),  # 32 elements a thread, two of its runs in a block
+        (BF16, 1024, 256, 7),
+        (BF16, 10240, 128, 20),  # 32 elements a thread: four of its runs in a block
         (BF16, 28672, 128, 1),
         (FP32, 512, 32, 3),
         (FP16, 512, 16, 3),
-        (BF16, 5120, 16, 65),  # a block is a half of a thread's runs
+        (BF16, 10240, 16, 20),  # and here two
         (BF16, 256, 8, 2),
         (BF16, 256, 2, 2),
         (BF16, 97, 0, 3),

@@ -104,14 +104,13 @@ def test_a_quantizers_source_names_its_spec():
     assert "Norm<0, true, 0, true, 0, -1>" in source
 
 
-@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("length", [128, 384, 4096, 5120, 14336, 16384, 28672, 32768, 65536])
-def test_every_element_of_a_row_has_its_thread(length, few):
-    dealt = quantizers.split(length, few)
+def test_every_element_of_a_row_has_its_thread(length):
+    dealt = quantizers.split(length)
     elements = 8 * dealt.runs * dealt.each
     assert dealt.threads % 32 == 0 and dealt.threads <= 1024
     assert length <= dealt.threads * elements < length + 32 * elements
-    assert elements <= 32 or length > 16_384
+    assert elements <= 32 or length > 32_768
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
