@@ -36,7 +36,7 @@ def test_other_flags_are_another_library():
 
 
 def test_without_the_runtime_it_is_built_in_a_folder_of_the_process(monkeypatch):
-    monkeypatch.setattr(sources, "_build", sources._build_here)
+    monkeypatch.setattr(sources, "_build", sources._build_temporary)
     assert compiler.library(SOURCE + "// alone\n", "answer", PLAIN).answer() == 42
     assert build.status() == []
 
