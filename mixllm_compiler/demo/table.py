@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "true\nbits",
-    "resident\nbits",
+    "bits in\nmemory",
     "stored\nMB",
-    "perplexity",
-    "KL to float",
+    "perp-\nlexity",
+    "KL to\nfloat",
     "same\ntop-1",
-    "prefill\ntokens/s",
-    "decode\ntokens/s",
+    "prefill\ntok./s",
+    "decode\ntok./s",
 )
 FEW_TOKENS = 2000
 SLOWER = "SLOWER THAN FLOAT"
@@ -48,11 +48,12 @@ def demo_report(found: Demonstration) -> list[RenderableType]:
 def comparison(lines: list[Line]) -> Table:
     """The table of all models."""
     table = plain_table("", *COLUMNS, numbers=COLUMNS)
+    table.padding = (0, 0)  # fits in 80 columns
     for line in lines:
         speed = line.speed
         kl = "–" if line.kl is None else f"{line.kl:.4f}"
         if line.kl_error is not None and math.isfinite(line.kl_error):
-            kl += f" ± {line.kl_error:.4f}"
+            kl += f"\n± {line.kl_error:.4f}"
         table.add_row(
             Text(line.name, style="bold"),
             f"{line.bits:.2f}",
@@ -105,7 +106,7 @@ def slower(float_line: Line, mixed: Line, kernels: set[str]) -> list[str]:
     if kernels == {"reference"}:
         why = (
             " Here the mixed linears run the reference implementation, which defines the results "
-            "and unpacks its weights at every call; native CPU kernels do not exist yet."
+            "and unpacks its weights at every call; `mixllm doctor` says why there is no kernel."
         )
     return [f"{SLOWER} on this machine: {' and '.join(bad)}.{why}"]
 

@@ -55,6 +55,15 @@ def test_faster_than_float_needs_no_excuse():
     assert slower(replace(LINE, speed=SLOW), replace(LINE, speed=FAST), {"reference"}) == []
 
 
+def test_the_table_is_whole_in_80_columns():
+    line = replace(LINE, name="uniform 4 bits", kl=0.1498, kl_error=0.0021, top1=0.791)
+    fast = replace(FAST, prefill=129_846.0, decode=1532.0)
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(comparison([replace(line, resident=32.0, speed=fast)]))
+    assert "…" not in shown.get() and "129,846" in shown.get()
+
+
 def test_what_was_not_measured_is_a_dash():
     console = Console(width=120)
     with console.capture() as shown:
