@@ -42,7 +42,10 @@ def plot(content: dict[str, Any], text: str) -> bytes:
     """The SVG; the same results give the same bytes."""
     kl, spread = f"KL {text}", f"se {text}"
     plans = [row for row in content["rows"] if "plan" in row and kl in row]
-    ours = sorted((r for r in plans if r["plan"].startswith("ours")), key=lambda r: r["true bits"])
+    ours = sorted(
+        (row for row in plans if row["plan"].startswith("ours at")),
+        key=lambda row: row["true bits"],
+    )
     peers: dict[str, list[dict[str, Any]]] = {}
     for row in content["rows"]:
         if "peer" in row:
