@@ -85,3 +85,8 @@ class Golden:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(update=request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def unguarded() -> None:
+    """Outputs of kernels are allocated as always, not watched."""

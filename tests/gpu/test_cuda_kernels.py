@@ -19,7 +19,7 @@ from mixllm_compiler.lowering.lowered import (
     expand_linear,
     expand_quantize_activation,
 )
-from tests.lowering.cases import Guarded, mix
+from tests.lowering.cases import mix, watched_outputs
 from tests.lowering.two_level import extreme_weight, random_weight
 
 pytestmark = pytest.mark.gpu
@@ -51,21 +51,7 @@ def variants() -> list[str]:
 @pytest.fixture(autouse=True)
 def guarded(request, monkeypatch):
     """Outputs are poisoned before, and the bytes around them watched."""
-    if "unguarded" in request.fixturenames:
-        yield
-        return
-    from mixllm_compiler.lowering.cuda import launch
-
-    allocate = Guarded()
-    monkeypatch.setattr(launch, "allocate", allocate)
-    yield
-    torch.cuda.synchronize()
-    allocate.check()
-
-
-@pytest.fixture
-def unguarded():
-    """Outputs are allocated as always."""
+    yield from watched_outputs("cuda", request, monkeypatch)
 
 
 class Linear:

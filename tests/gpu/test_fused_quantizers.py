@@ -21,7 +21,7 @@ from mixllm_compiler.options import Options
 from mixllm_compiler.passes.context import Context
 from mixllm_compiler.passes.pipeline import default_pipeline
 from tests.helpers import W4, captured, causal_lm, token_ids
-from tests.lowering.cases import Guarded
+from tests.lowering.cases import watched_outputs
 
 pytestmark = pytest.mark.gpu
 
@@ -35,21 +35,7 @@ ODD = [(9, 97), (3, 1001), (66, 300), (2, 31)]
 @pytest.fixture(autouse=True)
 def guarded(request, monkeypatch):
     """Outputs are poisoned before, and the bytes around them watched."""
-    if "unguarded" in request.fixturenames:
-        yield
-        return
-    from mixllm_compiler.lowering.cuda import launch
-
-    allocate = Guarded()
-    monkeypatch.setattr(launch, "allocate", allocate)
-    yield
-    torch.cuda.synchronize()
-    allocate.check()
-
-
-@pytest.fixture
-def unguarded():
-    """Outputs are allocated as always."""
+    yield from watched_outputs("cuda", request, monkeypatch)
 
 
 def randn(*shape, dtype=torch.bfloat16):

@@ -14,12 +14,12 @@ from mixllm_compiler.ir import reference
 from mixllm_compiler.lowering.lowered import LOWERED_LINEAR, LOWERED_QUANTIZE, expand_linear
 from tests.lowering.cases import (
     ALL_WIDTHS,
-    Guarded,
     assert_close,
     mix,
     oracle,
     random_weight,
     unit_weight,
+    watched_outputs,
 )
 
 pytestmark = pytest.mark.gpu
@@ -36,21 +36,7 @@ MIXES = {
 @pytest.fixture(autouse=True)
 def guarded(request, monkeypatch):
     """Outputs are poisoned before, and the bytes around them watched."""
-    if "unguarded" in request.fixturenames:
-        yield
-        return
-    from mixllm_compiler.lowering.triton import launch
-
-    allocate = Guarded()
-    monkeypatch.setattr(launch, "allocate", allocate)
-    yield
-    torch.cuda.synchronize()
-    allocate.check()
-
-
-@pytest.fixture
-def unguarded():
-    """Outputs are allocated as always."""
+    yield from watched_outputs("triton", request, monkeypatch)
 
 
 class Linear:

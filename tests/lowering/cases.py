@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -103,3 +105,19 @@ class Guarded:
         for buffer, size, poison in self._buffers:
             assert (buffer[: self.GUARD] == poison).all(), "written in front of an output"
             assert (buffer[self.GUARD + size :] == poison).all(), "written behind an output"
+
+
+def watched_outputs(
+    lowering: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """The body of a fixture: a test's outputs are `Guarded`, unless it asks for `unguarded`."""
+    if "unguarded" in request.fixturenames:
+        yield
+        return
+    launch = importlib.import_module(f"mixllm_compiler.lowering.{lowering}.launch")
+    allocate = Guarded()
+    monkeypatch.setattr(launch, "allocate", allocate)
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    allocate.check()

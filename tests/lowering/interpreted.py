@@ -25,12 +25,12 @@ from mixllm_compiler.lowering.triton import launch
 from mixllm_compiler.lowering.triton.schedule import schedule
 from tests.lowering.cases import (
     ALL_WIDTHS,
-    Guarded,
     assert_close,
     mix,
     oracle,
     random_weight,
     unit_weight,
+    watched_outputs,
 )
 
 KERNEL = "triton.v1"
@@ -54,18 +54,7 @@ except Exception as error:  # noqa: BLE001  the interpreter wraps whatever happe
 @pytest.fixture(autouse=True)
 def guarded(request, monkeypatch):
     """Outputs are poisoned before, and the bytes around them watched."""
-    if "unguarded" in request.fixturenames:
-        yield
-        return
-    allocate = Guarded()
-    monkeypatch.setattr(launch, "allocate", allocate)
-    yield
-    allocate.check()
-
-
-@pytest.fixture
-def unguarded():
-    """Outputs are allocated as always."""
+    yield from watched_outputs("triton", request, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

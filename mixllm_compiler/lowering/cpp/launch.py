@@ -21,6 +21,7 @@ from ...formats.layout import Layout
 from ...formats.row_format import group_size, groups_of, padded
 from ...ir.ops import HADAMARD
 from ..target import Target
+from ..tensors import allocate, rows_of
 from . import compiler, isa
 from . import layout as panels
 from .generate import VERSION, linear_source, quantizer_source
@@ -71,9 +72,7 @@ class CppKernels:
         codes = allocate((*lead, length), torch.int8, x.device)
         scales = allocate((*lead, scale_count), torch.float32, x.device)
         sums = allocate((*lead, groups), torch.int32, x.device)
-        rows = x.reshape(-1, k)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
+        rows = rows_of(x)
         m = rows.shape[0]
         if m and k:
             call(
@@ -146,11 +145,6 @@ class CppKernels:
             name: linear_source(scheme, chosen),
             f"{VERSION}-quantize-{chosen.name}.cpp": quantizer_source(chosen),
         }
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for an output; its contents are arbitrary."""
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _check_device(x: Tensor) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ...errors import LoweringError
 from ...formats.layout import Layout
 from ..target import Target
+from ..tensors import allocate as allocate
 from . import compiling, dispatch, driver, support
 from . import layout as tiles
 from .generate import TYPES, VERSION, LinearSpec, generate
@@ -122,11 +123,6 @@ class CudaLinears:
             name = f"{VERSION}-linear-{''.join(f'w{b}' for b in widths)}-{variant.regime}.cu"
             found[name] = generate(LinearSpec(widths, dtype, variant))
         return found
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for an output; its contents are arbitrary."""
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ...formats.row_format import padded
 from ...ir.ops import HADAMARD
 from ..fused import ACTIVATIONS
 from ..target import Target
+from ..tensors import rows_of
 from . import driver, launch, support
 from .generate import TYPES, VERSION, header
 from .variants import Launch
@@ -236,8 +237,8 @@ def _run(
     m = scales.numel()
     if not (m and k):
         return found
-    rows = _rows(x, k)
-    others = None if other is None else _rows(other, k)
+    rows = rows_of(x)
+    others = None if other is None else rows_of(other)
     dealt = split(length)
     read = [t for t in (rows, others, total, *parameters) if t is not None]
     spec = QuantizeSpec(
@@ -300,11 +301,6 @@ def _check(
         raise LoweringError(f"parameters of a norm over K = {k} must have that one dimension")
     if any(t.device != x.device for t in (other, *parameters) if t is not None):
         raise LoweringError(f"not everything that the quantizer reads is on {x.device}")
-
-
-def _rows(x: Tensor, k: int) -> Tensor:
-    rows = x.reshape(-1, k)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _aligned(t: Tensor) -> bool:

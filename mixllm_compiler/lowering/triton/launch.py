@@ -23,6 +23,7 @@ from ...ir.ops import HADAMARD
 from .. import sources
 from ..spec import BlobLayout, Bucket, KernelSpec, Numerics, QuantizerSpec
 from ..target import Target
+from ..tensors import allocate, rows_of
 from . import layout as tiles
 from .generate import VERSION, generate
 from .schedule import BAND, schedule
@@ -46,7 +47,6 @@ class TritonKernels:
             LoweringError: no kernel for this device or group.
         """
         if hadamard:
-            # Not fused yet: the transform is an op of its own, and the kernel reads its result.
             x = HADAMARD(x, hadamard)
         k, lead = x.shape[-1], x.shape[:-1]
         groups = groups_of(k, group)
@@ -54,9 +54,7 @@ class TritonKernels:
         codes = allocate((*lead, padded(k, group)), torch.int8, x.device)
         scales = allocate((*lead, 1 if mode == "token" else groups), torch.float32, x.device)
         sums = allocate((*lead, groups), torch.int32, x.device)
-        rows = x.reshape(-1, k)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
+        rows = rows_of(x)
         if codes.numel():
             programs, options = quantizer_launch(spec, groups)
             with _on(x.device):
@@ -110,11 +108,6 @@ class TritonKernels:
         spec = linear_spec(layout, mode, dtype, bias, target)
         widths = "".join(f"w{b}" for b in spec.layout.widths)
         return {f"{VERSION}-linear-{widths}-{spec.numerics.mode}.py": generate(spec)}
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for an output; its contents are arbitrary."""
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)
