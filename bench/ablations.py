@@ -2,7 +2,7 @@
 
     python bench/ablations.py --model DIR --texts DIR --calibration FILE --device cuda --workers 4
 
-Every line is compared with ours at the same bits: rotation 128, int8 per token, two-level rows of
+Every line is compared with ours at the same bits: rotation 256, int8 per token, two-level rows of
 2 to 8 bits, 64-row tiles in windows of 1,024 across siblings, kfac scores, GPTQ with refit and
 descent. Sections: granularity, activations, formats, score, quantizer, transform, text.
 """
@@ -26,7 +26,7 @@ from results_io import Bar, write_results
 BASE = {bits: Case(f"ours at {bits}", bits) for bits in (3.6, 4.4, 4.75)}
 _PLAIN = Recipe(sweeps=0)
 _UNROTATED: dict[str, Any] = {"scores": {"rotate": 0}, "plan": {"activation_mode": "token"}}
-_WIDE = {"rotate": 256}
+_NARROW = {"rotate": 128}
 _ASYM = {"family": "asym", "clip": True}
 
 
@@ -55,12 +55,12 @@ CASES = (
     _case("transform", "none", 4.4, **_UNROTATED),
     _case("transform", "none, per group", 4.4, scores={"rotate": 0}),
     _case("transform", "rotation folded into v and o", 4.4, rewrite=FOLDED),
-    *(_case("transform", "rotation in blocks of 256", b, scores=_WIDE) for b in (4.4, 4.75)),
+    *(_case("transform", "rotation in blocks of 128", b, scores=_NARROW) for b in (4.4, 4.75)),
     _case(
         "activations",
-        "per group, rotation in blocks of 256",
+        "per group, rotation in blocks of 128",
         4.75,
-        scores=_WIDE,
+        scores=_NARROW,
         plan={"activation_mode": "group"},
     ),
     *(

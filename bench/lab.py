@@ -41,7 +41,7 @@ from mixllm_compiler.passes.scale_model import scale_model
 from mixllm_compiler.transforms.hadamard import block_for, block_hadamard
 
 TEXTS = ("wikitext2_test", "gutenberg_test")
-ROTATION = 128
+ROTATION = 256
 _BATCH = 16  # sequences that go through the model together
 ONE_SHOT = Recipe(propagate=False, refit=False, sweeps=0)  # GPTQ + clip, as published
 FULL = Recipe()

@@ -3,7 +3,7 @@
     python bench/quality.py --model DIR --texts DIR --calibration FILE --device cuda
 
 Baselines: fp16 scale and integer zero point per group of 128, int8 activations per group, GPTQ with
-clipped ranges, one shot. Ours: inputs rotated in blocks of 128, int8 activations per token,
+clipped ranges, one shot. Ours: inputs rotated in blocks of 256, int8 activations per token,
 two-level rows of 2 to 8 bits in 64-row tiles inside windows of 1,024, kfac scores, then GPTQ,
 descent and refit on the quantized model's own inputs. Decoder linears only; bits are those of the
 packed tensors; every quantized model is measured as it runs, from its packed weights.

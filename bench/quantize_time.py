@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         args.calibration, tokenizer, count=args.sequences, length=args.length, begin=False
     ).ids
     rows: list[dict[str, object]] = []
-    ours = {"widths": WIDTHS, "family": "two-level", "rotate": 128}
+    ours = {"widths": WIDTHS, "family": "two-level", "rotate": 256}
 
     def timed(what: str, started: float, cpu: float) -> float:
         seconds = time.perf_counter() - started
