@@ -9,8 +9,10 @@ import argparse
 import copy
 import dataclasses
 import functools
+import hashlib
 import math
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -121,13 +124,14 @@ class Line:
 
 @dataclass
 class Lab:
-    """One model on one device with calibration and test text."""
+    """One model on one device with calibration and test text; a folder shares scores."""
 
     model: PreTrainedModel
     calibration: Tensor
     score_sequences: int
     tests: Mapping[str, Windows]
     console: Console
+    shared: Path | None = None
     _scores: dict[tuple[object, ...], Scores] = field(default_factory=dict)
     _captured: dict[tuple[object, ...], CapturedModel] = field(default_factory=dict)
     _rewritten: dict[tuple[str, int], Lab] = field(default_factory=dict)
@@ -146,7 +150,8 @@ class Lab:
             if count
         }
         console = Console(width=None if Console().is_terminal else 150)
-        return cls(model.to(args.device), calibration, args.score_sequences, tests, console)
+        model = model.to(args.device)
+        return cls(model, calibration, args.score_sequences, tests, console, args.shared)
 
     def scores(
         self,
@@ -157,21 +162,20 @@ class Lab:
         sequences: int | None = None,
         **options: Any,
     ) -> Scores:
-        """Scores on the first calibration sequences, made once."""
+        """Scores on the first calibration sequences, made once by all that share a folder."""
         count = sequences or self.score_sequences
         key = (kind, family, rotate, widths, count, *sorted(options.items()))
-        if key not in self._scores:
+        if key in self._scores:
+            return self._scores[key]
+        settings = {"kind": kind, "widths": widths, "family": family, "rotate": rotate, **options}
+
+        def make() -> Scores:
             started = time.perf_counter()
-            self._scores[key] = score(
-                self.model,
-                self.calibration[:count],
-                kind=kind,
-                widths=widths,
-                family=family,
-                rotate=rotate,
-                **options,
-            )
+            scores = score(self.model, self.calibration[:count], **settings)
             self.say(f"scores {kind} {family} rotate {rotate}", started)
+            return scores
+
+        self._scores[key] = make() if self.shared is None else _once(self.shared, key, make)
         return self._scores[key]
 
     def weights(
@@ -310,6 +314,15 @@ class Lab:
         self.console.log(f"{what} [{time.perf_counter() - started:.1f} s]")
 
 
+def _once(folder: Path, key: tuple[object, ...], make: Callable[[], Scores]) -> Scores:
+    """The first process to ask makes the scores, the others wait for them."""
+    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make().save(path)
+        return Scores.load(path)
+
+
 def _running_text(path: Path, tokenizer: Any, count: int, length: int) -> Windows:
     """The first tokens of a file as it stands, blank characters around its documents included."""
     documents = path.read_text(encoding="utf-8").split(_BETWEEN_DOCUMENTS)
@@ -367,6 +380,14 @@ def run_cases(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Line
     if args.workers < 2:
         _open(args)
         return {c.label: _run(c) for c in cases if time.perf_counter() < ends}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        args = argparse.Namespace(**{**vars(args), "shared": Path(folder)})
+        return _run_side_by_side(args, cases, ends)
+
+
+def _run_side_by_side(
+    args: argparse.Namespace, cases: Sequence[Case], ends: float
+) -> dict[str, Line]:
     found: dict[str, Line] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, context, _open, (args, context.Value("i", 0))) as pool:
@@ -414,6 +435,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Arguments, checked; `--quick` makes everything small."""
     args = parser.parse_args(argv)
+    args.shared = None
     args.windows = [int(count) for count in args.windows.split(",")]
     if len(args.windows) != len(TEXTS):
         parser.error(f"--windows needs {len(TEXTS)} numbers, one a text")

@@ -96,10 +96,11 @@ def main(argv: list[str] | None = None) -> int:
         bar, fit = prediction(args.name, sorted(mine, key=lambda line: line.true_bits), floor)
         bars, rows = [*bars, bar], [*rows, *fit]
     save(args, rows, bars, started)  # what follows takes long and may fail
-    if args.compiled:
-        bars.append(compiled_bar(lab, args.name))
     if args.peers:
         rows += peer_rows(lab, args.peers)
+        save(args, rows, bars, started)
+    if args.compiled:
+        bars.append(compiled_bar(lab, args.name))
     save(args, rows, bars, started)
     show(lab, args.name, rows, bars)
     return 0
