@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         for bits, (of, _) in targets.items():
             if case(bits).label in lines and of in lines:
                 rows.append(lines[case(bits).label].row(lines[of]))
-    rows += [lines[case.label].row() for case in swept if case.label in lines]
+    rows += [
+        lines[ours(b).label].row() for b in sorted(SWEEP) if args.sweep and ours(b).label in lines
+    ]
     lab = Lab.open(args)
     if args.sweep:
         floor = lab.activation_floor(ROTATION)
@@ -247,8 +249,9 @@ def show(lab: Lab, name: str, rows: list[dict[str, Any]], bars: list[Bar]) -> No
     lab.console.print(table)
     for bar in bars:
         spread = "" if bar.se is None else f" ± {bar.se:.2g}"
+        measured = "not measured" if bar.measured is None else f"{bar.measured:.5g}"
         lab.console.print(
-            f"{'met   ' if bar.met else 'MISSED'} {bar.name}: {bar.measured:.5g}{spread} "
+            f"{'met   ' if bar.met else 'MISSED'} {bar.name}: {measured}{spread} "
             f"(target {bar.target})"
         )
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from mixllm_compiler.backend import mixllm
 from mixllm_compiler.errors import LoweringError
 from mixllm_compiler.lowering import fused, lowered
 from mixllm_compiler.lowering.agreement import disagreement
@@ -281,10 +282,10 @@ def test_a_compiled_model_with_fused_quantizers(unguarded):
     model = causal_lm("llama").bfloat16().cuda()
     options = {**W4, "family": "two-level", "rotate": 128, "bits": 5, "lower": "inductor"}
     with torch.no_grad():
-        compiled = torch.compile(model, backend="mixllm", options=options)
+        compiled = torch.compile(model, backend=mixllm, options=options)
         plain = torch.compile(
             causal_lm("llama").bfloat16().cuda(),
-            backend="mixllm",
+            backend=mixllm,
             options={**options, "lower": "eager", "disable": ("fuse-quantizers",)},
         )
         for length in (5, 9, 17):
