@@ -21,7 +21,7 @@ from mixllm_compiler.formats.files import write_whole
 
 INK = "#7d7d7d"  # readable on white and on black
 OURS, OTHERS, PEERS = "#2f7fd1", "#d1672f", "#8a5fbf"
-MARKS = "xv^D+*1P"
+MARKS = "xv^D8*1P<"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +62,13 @@ def plot(content: dict[str, Any], text: str) -> bytes:
             bits, [r[kl] for r in ours], [r[spread] for r in ours],
             color=OURS, marker="o", markersize=4, label="mixllm",
         )  # fmt: skip
-        for row in (r for r in plans if r not in ours):
+        searched = [row for row in plans if row["plan"].startswith("ours, searched")]
+        axes.plot(
+            [row["true bits"] for row in searched], [row[kl] for row in searched],
+            color=OURS, marker="o", markersize=7, fillstyle="none", linestyle="",
+            label="mixllm, searched",
+        )  # fmt: skip
+        for row in (r for r in plans if r not in ours and r not in searched):
             _point(axes, row["true bits"], row[kl], row["plan"], OTHERS, "s")
         for mark, (name, rows) in zip(itertools.cycle(MARKS), sorted(peers.items()), strict=False):
             axes.plot(
