@@ -39,14 +39,19 @@ Preset = Annotated[
     str,
     _option(
         "--preset",
-        help="'best' (knapsack over bytes, the default) or 'paper' (10 % of features by count).",
+        help="'best' (the default: a knapsack over two-level rows of 2 to 8 bits, rotated inputs) "
+        "or 'paper' (10 % of features by count at 8 bits, the others at 4, asymmetric, not "
+        "rotated).",
         panel=_PLANNING,
     ),
 ]
 Widths = Annotated[
     str | None,
-    _option("--widths", help="Bits that a row may have, as in 3,4,5,8.", panel=_PLANNING),
-]
+    _option(
+        "--widths", help="Bits that a row may have, as in 3,4,5,8; by default the preset's.",
+        panel=_PLANNING,
+    ),
+]  # fmt: skip
 Group = Annotated[
     int | None,
     _option("--group", help="Group size along K; 128 by default.", panel=_PLANNING),
@@ -54,13 +59,15 @@ Group = Annotated[
 Rotate = Annotated[
     int | None,
     _option(
-        "--rotate", help="Block of a Hadamard transform of every input; off by default.",
+        "--rotate",
+        help="Largest block of the Hadamard transform of every input, 0 for none; by default the "
+        "preset's (256 or none).",
         panel=_PLANNING,
     ),
-]  # fmt: skip
+]
 Family = Annotated[
     str | None,
-    _option("--family", help="Format of rows: 'asym' (the default) or 'two-level'.",
+    _option("--family", help="Format of rows: 'two-level' or 'asym'; by default the preset's.",
             panel=_PLANNING),
 ]  # fmt: skip
 Quantizer = Annotated[

@@ -29,6 +29,7 @@ def score(
     length: arg.Length = None,
     seed: arg.Seed = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
+    preset: arg.Preset = "best",
     widths: arg.Widths = None,
     group: arg.Group = None,
     rotate: arg.Rotate = None,
@@ -48,6 +49,7 @@ def score(
     Examples:
         mixllm score demo -o demo-scores.safetensors
         mixllm score ./my-model --data text.txt --sequences 16 --widths 3,4,5,8
+        mixllm score ./my-model --preset paper -o paper.safetensors
     """
     from .. import api
     from . import models
@@ -61,6 +63,7 @@ def score(
             loaded,
             data,
             kind=kind,
+            preset=preset,
             tokenizer=tokenizer,
             batch=batch,
             progress=step,
@@ -120,6 +123,7 @@ def plan(
         mixllm plan scores.safetensors --bits 4.7
         mixllm plan scores.safetensors --bits 4.5 --pin '*.down_proj=8' -o plan45.safetensors
         mixllm plan scores.safetensors --kl 0.003 --formats-per-layer 2
+        mixllm plan paper.safetensors --preset paper
     """
     from .. import api
     from ..salience.scores import Scores

@@ -15,7 +15,7 @@ from ..allocation.plan import Plan
 from ..errors import PlanMismatch
 from ..formats.fingerprint import fingerprint
 from ..ir.graph import MixGraph
-from ..options import DEFAULT_BITS, PAPER_FRACTION, Options
+from ..options import DEFAULT_BITS, Options
 from ..salience.probes import siblings
 from ..salience.scores import Scores
 from .base import Changes, Pass
@@ -66,7 +66,7 @@ def plan_graph(graph: MixGraph, ctx: Context) -> Plan:
         fingerprint=fingerprint({m.name: m.stored() for m in matrices}),
         tokens=ctx.tokens,
         sequences=ctx.sequences,
-        settings={},
+        settings={"rotate": str(ctx.rotated)},
         group=options.group,
         siblings=siblings(graph),
     )
@@ -81,7 +81,6 @@ def plan_arguments(options: Options) -> dict[str, Any]:
     return {
         "bits": bits,
         "preset": options.preset,
-        "fraction": PAPER_FRACTION,
         "widths": options.widths,
         "pins": options.pins,
         "tile": options.tile,
@@ -89,8 +88,6 @@ def plan_arguments(options: Options) -> dict[str, Any]:
         "siblings": options.siblings,
         "tp": options.tp,
         "formats_per_layer": options.formats_per_layer,
-        "activation_mode": options.activation_mode,
-        "rotation": options.rotate,
     }
 
 

@@ -110,6 +110,11 @@ class Scores:
         return self.formats[0].family
 
     @property
+    def rotation(self) -> int:
+        """Hadamard block of the inputs that were scored, 0 for none."""
+        return int(self.settings.get("rotate", 0))  # older files had none and did not say so
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Bits of the candidate formats, in their order."""
         return tuple(f.bits for f in self.formats)
