@@ -162,7 +162,8 @@ class OracleExperts(nn.Module):
     def product(self, x: Tensor, part: str, expert: int) -> Tensor:
         if block := block_for(x.shape[-1], self.rotation):
             x = (x.double() @ turn(x.shape[-1], block)).to(x.dtype)
-        return (quantized_input(x, self.mode, self.group) @ self.exact[part][expert].t()).to(x.dtype)
+        y = quantized_input(x, self.mode, self.group) @ self.exact[part][expert].t()
+        return y.to(x.dtype)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
