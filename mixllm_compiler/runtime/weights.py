@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..formats.layout import PackedWeight
+from ..formats.layout import PackedWeight, pack, unpack
 from ..ir.graph import Matrix
 
 if TYPE_CHECKING:
@@ -103,6 +103,17 @@ def _weak(weight: Tensor, entries: dict[int, _Entry]) -> weakref.ref[Tensor]:
 
 
 CACHE = PackedCache()
+
+
+def repacked(packed: PackedWeight, packing: str) -> PackedWeight:
+    """A module's own blob as a kernel reads it: packed once, and again when the blob changes."""
+    key = ("module", packing)
+    known = CACHE.get(packed.blob, key)
+    if known is None:
+        with torch.no_grad(), torch.inference_mode(False):
+            known = pack(unpack(packed), packing)
+        CACHE.put(packed.blob, key, known)
+    return known
 
 
 @dataclass
