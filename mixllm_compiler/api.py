@@ -240,7 +240,15 @@ def _rounded(module: nn.Module, site: SitePlan, transform: str) -> QuantizedWeig
     if transform:
         weight = block_hadamard(weight.float(), int(transform.removeprefix("hadamard:")))
     two_level = site.family == "two-level"
-    return quantize_rtn(weight, site.widths, site.group, transform, site.family, clip=two_level)
+    return quantize_rtn(
+        weight,
+        site.widths,
+        site.group,
+        transform,
+        site.family,
+        clip=two_level,
+        spans=site.spans,
+    )
 
 
 def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:

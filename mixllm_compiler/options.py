@@ -14,6 +14,7 @@ from .allocation.paper import PAPER_WIDTHS
 from .allocation.tiling import TILE, WINDOW, Tiling
 from .errors import OptionError, nearest
 from .formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
+from .formats.spans import SPANS
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
@@ -50,6 +51,8 @@ class Options:
             rule over asymmetric rows of 4 and 8 bits, one activation scale a group).
         widths: candidate bits per row; None, as for the next two, is what the preset has.
         group: group size along K.
+        spans: how many neighbouring groups of a row may share a step and an offset, two-level rows
+            only: (1, 2) lets every row have groups of `group` or of twice that.
         family: of formats, "two-level" or "asym"; all rows share one.
         rotate: largest block of the Hadamard transform of every linear's input, 0 for none.
         lm_head: whether the output head is quantized too.
@@ -77,6 +80,7 @@ class Options:
     preset: str = "best"
     widths: tuple[int, ...] = OF_PRESET
     group: int = DEFAULT_GROUP
+    spans: tuple[int, ...] = (1,)
     family: str = OF_PRESET
     rotate: int = OF_PRESET
     lm_head: bool = False
@@ -104,12 +108,13 @@ class Options:
             if getattr(self, name) is OF_PRESET:
                 object.__setattr__(self, name, value)
         _one_of("lower", self.lower, LOWERS)
-        for name in ("widths", "exclude", "disable"):
+        for name in ("widths", "spans", "exclude", "disable"):
             value = getattr(self, name)
             listed = (value,) if isinstance(value, str | int) else tuple(value)
             object.__setattr__(self, name, listed)
         for bits in (*self.widths, *self.pins.values()):
             RowFormat(bits, self.group, self.family)
+        self._check_spans()
         if not self.widths:
             raise OptionError(f"widths is empty; choose from {WIDTHS}")
         if self.bits is not None and not 1 < float(self.bits) <= 16:
@@ -159,8 +164,23 @@ class Options:
 
     @property
     def formats(self) -> tuple[RowFormat, ...]:
-        """Candidate formats of a row, narrow ones first."""
-        return tuple(RowFormat(b, self.group, self.family) for b in sorted(self.widths))
+        """Candidate formats of a row, narrow ones first, then those of small groups."""
+        return tuple(
+            RowFormat(b, self.group * span, self.family)
+            for b in sorted(self.widths)
+            for span in sorted(self.spans)
+            if span == 1 or b < 8  # rows of 8 bits have the row's scale only
+        )
+
+    def _check_spans(self) -> None:
+        if 1 not in self.spans or not set(self.spans) <= set(SPANS):
+            raise OptionError(f"spans = {self.spans}: choose 1 and others of {SPANS}")
+        if max(self.spans) > 1 and (self.family != "two-level" or not self.group):
+            raise OptionError(
+                f"spans = {self.spans} need two-level rows in groups, not family {self.family!r} "
+                f"in groups of {self.group}"
+            )
+        RowFormat(min(self.widths, default=8), self.group * max(self.spans), self.family)
 
     def planning_digest(self) -> str:
         """Hash of everything that decides which rows get which width."""
@@ -171,6 +191,7 @@ class Options:
             self.preset,
             self.widths,
             self.group,
+            self.spans,
             self.family,
             self.rotate,
             self.lm_head,

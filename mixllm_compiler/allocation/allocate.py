@@ -133,13 +133,10 @@ def make_plan(
         problem = Problem.build(scores, names, chosen, pinned)
         choice = _paper(problem, chosen[0], chosen[1], fraction, budget)
         predicted = problem.predicted_loss(choice)
-    rows = problem.widths_of(choice)
+    rows = problem.rows_of(choice)
     return Plan(
         fingerprint=scores.fingerprint,
-        sites={
-            name: SitePlan(*scores.shapes[name], rows[name], scores.group, scores.family)
-            for name in names
-        },
+        sites={name: _site(scores, name, *rows[name]) for name in names},
         float_sites=kept,
         activation_mode=activation_mode or ("token" if rotation else "group"),
         rotation=rotation,
@@ -150,6 +147,11 @@ def make_plan(
         constant=constant,
         floor=floor,
     )
+
+
+def _site(scores: Scores, name: str, widths: Tensor, spans: Tensor) -> SitePlan:
+    longer = spans if bool((spans > 1).any()) else None
+    return SitePlan(*scores.shapes[name], widths, scores.group, scores.family, longer)
 
 
 def uniform_plan(

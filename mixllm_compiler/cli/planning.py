@@ -73,7 +73,7 @@ def score(
         )
     scores.save(out)
     totals = {
-        name: dict(zip(map(str, scores.widths), row.tolist(), strict=True))
+        name: dict(zip(scores.columns, row.tolist(), strict=True))
         for name, row in scores.totals().items()
     }
     found = {

@@ -14,7 +14,7 @@ from ..allocation.allocate import make_plan
 from ..allocation.plan import Plan
 from ..errors import PlanMismatch
 from ..formats.fingerprint import fingerprint
-from ..ir.graph import MixGraph
+from ..ir.graph import MixGraph, Rows
 from ..options import DEFAULT_BITS, Options
 from ..salience.probes import siblings
 from ..salience.scores import Scores
@@ -39,16 +39,16 @@ class AllocateBits(Pass):
         look_up(graph, ctx)
         if ctx.known is not None:
             ctx.plan = ctx.known.plan
-            widths = ctx.known.widths
+            rows = ctx.known.rows
         elif ctx.plan is not None:
-            widths = widths_from(ctx.plan, graph)
+            rows = rows_from(ctx.plan, graph)
         else:
             ctx.plan = plan_graph(graph, ctx)
-            widths = {name: site.widths for name, site in ctx.plan.sites.items()}
+            rows = {name: (site.widths, site.spans) for name, site in ctx.plan.sites.items()}
         for matrix in matrices:
-            matrix.widths = widths[matrix.name]
-            rows = torch.bincount(matrix.widths.long()).tolist()
-            mix = " ".join(f"w{b}:{n}" for b, n in enumerate(rows) if n)
+            matrix.widths, matrix.spans = rows[matrix.name]
+            counts = torch.bincount(matrix.widths.long()).tolist()
+            mix = " ".join(f"w{b}:{n}" for b, n in enumerate(counts) if n)
             changes.add(matrix.name, mix)
         remember(graph, ctx)
         return changes
@@ -91,17 +91,17 @@ def plan_arguments(options: Options) -> dict[str, Any]:
     }
 
 
-def widths_from(plan: Plan, graph: MixGraph) -> dict[str, torch.Tensor]:
-    """Widths of this graph's matrices from a plan of the whole model (or of this graph).
+def rows_from(plan: Plan, graph: MixGraph) -> dict[str, Rows]:
+    """Widths and spans of this graph's matrices from a plan of the whole model (or of this graph).
 
     Raises:
         PlanMismatch: the plan was made for another model.
     """
     own = fingerprint({m.name: m.stored() for m in graph.active()})
     names = plan.match(own, subset=True)
-    widths = {}
+    rows: dict[str, Rows] = {}
     for name, planned in names.items():
         if planned not in plan.sites:
             raise PlanMismatch(f"the plan keeps {planned} float; exclude it here as well")
-        widths[name] = plan.sites[planned].widths
-    return widths
+        rows[name] = plan.sites[planned].widths, plan.sites[planned].spans
+    return rows
