@@ -56,6 +56,15 @@ Group = Annotated[
     int | None,
     _option("--group", help="Group size along K; 128 by default.", panel=_PLANNING),
 ]
+Spans = Annotated[
+    str | None,
+    _option(
+        "--spans",
+        help="Group sizes that a two-level row may choose from, in units of --group, as in 1,2; "
+        "1 by default.",
+        panel=_PLANNING,
+    ),
+]
 Rotate = Annotated[
     int | None,
     _option(
@@ -168,6 +177,7 @@ def planning_options(
     *,
     widths: str | None = None,
     group: int | None = None,
+    spans: str | None = None,
     rotate: int | None = None,
     family: str | None = None,
     lm_head: bool = False,
@@ -182,11 +192,12 @@ def planning_options(
     """The backend's options behind these arguments; what was not given is left out.
 
     Raises:
-        OptionError: text that is no list of widths, or no pin.
+        OptionError: text that is no list of numbers, or no pin.
     """
     options: dict[str, Any] = {}
-    if widths is not None:
-        options["widths"] = _widths(widths)
+    for name, text in (("widths", widths), ("spans", spans)):
+        if text is not None:
+            options[name] = _numbers(name, text)
     numbers = {
         "group": group,
         "rotate": rotate,
@@ -221,12 +232,13 @@ def scoring_options(
     return options
 
 
-def _widths(text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
+        example = {"widths": "3,4,5,8", "spans": "1,2"}[name]
         raise OptionError(
-            f"--widths {text!r} is no list of bits; write for example 3,4,5,8"
+            f"--{name} {text!r} is no list of numbers; write for example {example}"
         ) from None
 
 

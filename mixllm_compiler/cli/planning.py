@@ -32,6 +32,7 @@ def score(
     preset: arg.Preset = "best",
     widths: arg.Widths = None,
     group: arg.Group = None,
+    spans: arg.Spans = None,
     rotate: arg.Rotate = None,
     family: arg.Family = None,
     lm_head: arg.LmHead = False,
@@ -56,7 +57,13 @@ def score(
 
     loaded, tokenizer = models.load(model, device, dtype)
     options = arg.planning_options(
-        widths=widths, group=group, rotate=rotate, family=family, lm_head=lm_head, exclude=exclude
+        widths=widths,
+        group=group,
+        spans=spans,
+        rotate=rotate,
+        family=family,
+        lm_head=lm_head,
+        exclude=exclude,
     )
     with models.progress("scoring") as step:
         scores = api.score(
