@@ -236,9 +236,9 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        example = {"widths": "3,4,5,8", "spans": "1,2"}[name]
+        what, example = {"widths": ("bits", "3,4,5,8"), "spans": ("spans", "1,2")}[name]
         raise OptionError(
-            f"--{name} {text!r} is no list of numbers; write for example {example}"
+            f"--{name} {text!r} is no list of {what}; write for example {example}"
         ) from None
 
 
