@@ -74,6 +74,11 @@ CASES = (
     _case("granularity", "fused linears", 4.4, plan={"granularity": "siblings"}),
     _case("granularity", "tiles within matrices", 4.4, plan={"siblings": False}),
     *(
+        _case("formats", f"groups of 128 times {spans}", b, scores={"spans": spans})
+        for spans in ((1, 2), (1, 2, 4))
+        for b in (4.4, 3.6)
+    ),
+    *(
         _case("formats", f"widths {widths}", 4.4, plan={"widths": widths})
         for widths in ((3, 4, 5, 6), (3, 4, 5), (4, 8))
     ),

@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def make(model: PreTrainedModel, ids: torch.Tensor, kind: str, args: argparse.Namespace) -> Plan:
     """The knapsack's plan from scores of one kind."""
-    return plan(score(model, ids, kind=kind, widths=args.widths), bits=args.bits)
+    plain = {"family": "asym", "rotate": 0}
+    return plan(score(model, ids, kind=kind, widths=args.widths, **plain), bits=args.bits)
 
 
 def measure(model: PreTrainedModel, made: Plan, test: Windows) -> Any:

@@ -79,8 +79,8 @@ def score(
         progress: called with (steps done, steps in all).
         resume: a file that keeps what is done after every block, for kinds with gradients; if it
             exists, scoring goes on from there. It stays until something else is saved there.
-        options: those of the backend that matter here: widths, group, family, rotate, lm_head,
-            exclude, preset.
+        options: those of the backend that matter here: preset, widths, group, family, rotate,
+            lm_head, exclude.
 
     Returns:
         `Scores`: nats per token per row and format.
@@ -129,18 +129,18 @@ def plan(
         bits: true bits per quantized weight (codes, scales, zero points, widths).
         bytes: the same budget as a size.
         kl: predicted KL in nats per token; the plan is the smallest that meets it.
-        preset: "best" = knapsack over true bytes; "paper" = the top 10 % of features by count.
+        preset: "best" = knapsack over true bytes; "paper" = the top 10 % of features by count, in
+            formats of the scores: the paper's own with those of `score(model, preset="paper")`.
         constant, floor: predicted KL = constant · summed scores + floor.
         options: pins, exclude, widths, tile, window, siblings, tp, formats_per_layer of the
             backend; group and rotation are those of the scores.
     """
     # Scores of rotated inputs hold for rotated inputs only.
-    rotate = int(scores.settings.get("rotate", 0))
-    made_with = {"group": scores.group, "family": scores.family, "rotate": rotate}
+    made_with = {"group": scores.group, "family": scores.family, "rotate": scores.rotation}
     opts = Options.parse({"bits": bits, "preset": preset, **made_with, **options})
-    if "widths" not in options:
-        opts = dataclasses.replace(opts, widths=tuple(f.bits for f in scores.formats))
-    arguments = plan_arguments(opts)
+    arguments = plan_arguments(opts) | {"rotation": opts.rotate}
+    if options.get("widths") is None:
+        arguments["widths"] = None  # all that were scored, or the paper's two
     if bytes is not None or kl is not None:
         arguments |= {"bits": bits, "bytes": bytes, "kl": kl}
     return make_plan(scores, exclude=opts.exclude, constant=constant, floor=floor, **arguments)
@@ -240,7 +240,15 @@ def _rounded(module: nn.Module, site: SitePlan, transform: str) -> QuantizedWeig
     if transform:
         weight = block_hadamard(weight.float(), int(transform.removeprefix("hadamard:")))
     two_level = site.family == "two-level"
-    return quantize_rtn(weight, site.widths, site.group, transform, site.family, clip=two_level)
+    return quantize_rtn(
+        weight,
+        site.widths,
+        site.group,
+        transform,
+        site.family,
+        clip=two_level,
+        spans=site.spans,
+    )
 
 
 def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:

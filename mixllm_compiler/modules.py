@@ -1,9 +1,12 @@
 """`PackedLinear`: a linear that is already quantized.
 
-It runs eagerly and is captured into the same ops as a linear that the backend quantized.
+It runs eagerly, on the kernels that a compiled graph would run, and is captured into the same ops
+as a linear that the backend quantized.
 """
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +15,17 @@ from .errors import OptionError
 from .formats.layout import Layout, PackedWeight, pack, unpack
 from .formats.neutral import QuantizedWeight
 from .ir import ops
+from .lowering import lowered
+from .lowering.select import KernelChoice, select
+from .lowering.target import Target
+from .runtime.weights import repacked
 
 
 class PackedLinear(nn.Module):
     """y = dequantize(mixed_gemm(quantize_activation(x))) with one packed blob.
+
+    The first call on a device chooses kernels and lays the blob out for them, beside the portable
+    one that is saved; nothing of that is part of the module's state.
 
     Args:
         weight: the quantized matrix [N, K].
@@ -44,13 +54,35 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
+        if not torch.compiler.is_compiling() and _has_values(x, self.packed):
+            choice = self._choice(x.device, dtype)
+            if choice.kernel:
+                return self._run(x, dtype, choice)
         if self.rotation:
             x = ops.HADAMARD(x, self.rotation)
         codes, scales, sums = ops.QUANTIZE_ACTIVATION(x, self.mode, self.group)
         acc = ops.MIXED_GEMM(codes, scales, sums, self.packed, self.layout)
         y: Tensor = ops.DEQUANTIZE(acc, scales, sums, self.packed, self.layout, self.bias, dtype)
+        return y
+
+    def _choice(self, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+        known = _CHOICES.setdefault(self, {})
+        found = known.get((device, dtype))
+        if found is None:
+            layout = Layout.parse(self.layout)
+            found = known[device, dtype] = select(layout, self.mode, dtype, Target.of(device))
+        return found
+
+    def _run(self, x: Tensor, dtype: torch.dtype, choice: KernelChoice) -> Tensor:
+        packed = repacked(PackedWeight(self.packed, Layout.parse(self.layout)), choice.packing)
+        codes, scales, sums = lowered.LOWERED_QUANTIZE(
+            x, self.mode, self.group, self.rotation, choice.kernel
+        )
+        blob, layout = packed.blob, str(packed.layout)
+        args = (codes, scales, sums, blob, self.bias, layout, dtype, choice.kernel)
+        y: Tensor = lowered.LOWERED_LINEAR(*args)
         return y
 
     def quantized_weight(self) -> QuantizedWeight:
@@ -59,3 +91,14 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.layout}, {self.mode}"
+
+
+_CHOICES: weakref.WeakKeyDictionary[
+    PackedLinear, dict[tuple[torch.device, torch.dtype], KernelChoice]
+] = weakref.WeakKeyDictionary()
+
+
+def _has_values(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors on one device, not the stand-ins of a tracer."""
+    plain = all(type(t) is Tensor and not t.is_meta for t in tensors)
+    return plain and len({t.device for t in tensors}) == 1

@@ -10,17 +10,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .allocation.paper import PAPER_WIDTHS
 from .allocation.tiling import TILE, WINDOW, Tiling
 from .errors import OptionError, nearest
 from .formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
+from .formats.spans import SPANS
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
 
-PRESETS = ("best", "paper")
 LOWERS = ("inductor", "eager")
 DEFAULT_BITS = 4.4
-PAPER_FRACTION = 0.1
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # What loses least at equal true bits, and what the fastest kernels run.
+    "best": {"family": "two-level", "widths": WIDTHS, "rotate": 256},
+    # MixLLM's own formats; one activation scale a group follows from inputs as they are.
+    "paper": {"family": "asym", "widths": PAPER_WIDTHS, "rotate": 0},
+}
+"""Preset → its formats and its transform: every door's defaults, where nothing else is asked for.
+
+Blocks of 256 lose 1 % less than blocks of 128 and cost the same; where 256 does not divide K, the
+largest power of two that does is taken.
+"""
+
+OF_PRESET: Any = None
+"""The value of an option that is not given: what its preset says."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +46,15 @@ class Options:
         plan: a `Plan` or the path of a saved one; nothing is scored then.
         bits: budget in true bits per quantized weight (default 4.4; preset "paper": 10 % of
             the features at 8 bits unless a budget is given).
-        preset: "best" (loss-aware scores, byte-true knapsack) or "paper".
-        widths: candidate bits per row.
+        preset: "best" (loss-aware scores, byte-true knapsack over rows of 2 to 8 bits in two
+            levels, rotated inputs, one activation scale a token) or "paper" (MixLLM's scores and
+            rule over asymmetric rows of 4 and 8 bits, one activation scale a group).
+        widths: candidate bits per row; None, as for the next two, is what the preset has.
         group: group size along K.
-        family: of formats, "asym" or "two-level"; all rows share one.
-        rotate: block size of the Hadamard transform of every linear's input, 0 for none.
+        spans: how many neighbouring groups of a row may share a step and an offset, two-level rows
+            only: (1, 2) lets every row have groups of `group` or of twice that.
+        family: of formats, "two-level" or "asym"; all rows share one.
+        rotate: largest block of the Hadamard transform of every linear's input, 0 for none.
         lm_head: whether the output head is quantized too.
         exclude: name patterns of matrices that stay float.
         pins: name pattern → width for whole matrices.
@@ -59,10 +78,11 @@ class Options:
     plan: Plan | str | Path | None = None
     bits: float | None = None
     preset: str = "best"
-    widths: tuple[int, ...] = (4, 8)
+    widths: tuple[int, ...] = OF_PRESET
     group: int = DEFAULT_GROUP
-    family: str = "asym"
-    rotate: int = 0
+    spans: tuple[int, ...] = (1,)
+    family: str = OF_PRESET
+    rotate: int = OF_PRESET
     lm_head: bool = False
     exclude: tuple[str, ...] = ()
     pins: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -83,14 +103,18 @@ class Options:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, PRESETS)
+        _one_of("preset", self.preset, tuple(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is OF_PRESET:
+                object.__setattr__(self, name, value)
         _one_of("lower", self.lower, LOWERS)
-        for name in ("widths", "exclude", "disable"):
+        for name in ("widths", "spans", "exclude", "disable"):
             value = getattr(self, name)
             listed = (value,) if isinstance(value, str | int) else tuple(value)
             object.__setattr__(self, name, listed)
         for bits in (*self.widths, *self.pins.values()):
             RowFormat(bits, self.group, self.family)
+        self._check_spans()
         if not self.widths:
             raise OptionError(f"widths is empty; choose from {WIDTHS}")
         if self.bits is not None and not 1 < float(self.bits) <= 16:
@@ -140,15 +164,23 @@ class Options:
 
     @property
     def formats(self) -> tuple[RowFormat, ...]:
-        """Candidate formats of a row, narrow ones first."""
-        return tuple(RowFormat(b, self.group, self.family) for b in sorted(self.widths))
+        """Candidate formats of a row, narrow ones first, then those of small groups."""
+        return tuple(
+            RowFormat(b, self.group * span, self.family)
+            for b in sorted(self.widths)
+            for span in sorted(self.spans)
+            if span == 1 or b < 8  # rows of 8 bits have the row's scale only
+        )
 
-    @property
-    def activation_mode(self) -> str:
-        """Per token when inputs are rotated, else per group (QUANTIZATION: rotation is what makes
-        one scale a token enough).
-        """
-        return "token" if self.rotate else "group"
+    def _check_spans(self) -> None:
+        if 1 not in self.spans or not set(self.spans) <= set(SPANS):
+            raise OptionError(f"spans = {self.spans}: choose 1 and others of {SPANS}")
+        if max(self.spans) > 1 and (self.family != "two-level" or not self.group):
+            raise OptionError(
+                f"spans = {self.spans} need two-level rows in groups, not family {self.family!r} "
+                f"in groups of {self.group}"
+            )
+        RowFormat(min(self.widths, default=8), self.group * max(self.spans), self.family)
 
     def planning_digest(self) -> str:
         """Hash of everything that decides which rows get which width."""
@@ -159,6 +191,7 @@ class Options:
             self.preset,
             self.widths,
             self.group,
+            self.spans,
             self.family,
             self.rotate,
             self.lm_head,

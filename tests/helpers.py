@@ -28,7 +28,9 @@ from mixllm_compiler.transforms.hadamard import hadamard_matrix
 HIDDEN = 128
 VOCABULARY = 96
 EAGER = {"lower": "eager", "quiet": True, "verify": True}
-W4 = {"widths": (4,), **EAGER}
+PLAIN = {"family": "asym", "rotate": 0}
+"""Rows and inputs as they are: one linear is three ops, and graphs stay short."""
+W4 = {"widths": (4,), **PLAIN, **EAGER}
 """Every row has 4 bits: the oracle needs no plan."""
 
 Widths = int | Tensor | Mapping[str, int | Tensor]

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "options": {"errors", "formats", "allocation"},
     "lowering": BASE | {"formats", "ir"},
     "runtime": BASE | {"formats", "ir", "lowering", "allocation"},  # it caches plans by weight
-    "modules": BASE | {"formats", "ir", "runtime"},
+    "modules": BASE | {"formats", "ir", "lowering", "runtime"},
     "capture": BASE | {"options", "formats", "ir", "runtime", "modules"},
     "passes": LIBRARY - {"passes", "backend"},
     "backend": LIBRARY - {"backend"},

@@ -15,7 +15,7 @@ from ..formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
 from ..formats.tables import same_place
 from ..salience.scores import Scores
 from .budget import Budget
-from .paper import top_by_bytes, top_by_count
+from .paper import PAPER_FRACTION, PAPER_WIDTHS, top_by_bytes, top_by_count
 from .plan import Certificate, Plan, SitePlan
 from .problem import Problem, RowTime
 from .search import best_tiles
@@ -23,7 +23,6 @@ from .tiles import free_rows
 from .tiling import TILE, WINDOW, Tiling
 
 PRESETS = ("best", "paper")
-PAPER_WIDTHS = (4, 8)
 NOT_SCORED = "not scored"
 
 
@@ -34,7 +33,7 @@ def make_plan(
     bytes: int | None = None,
     kl: float | None = None,
     preset: str = "best",
-    fraction: float = 0.1,
+    fraction: float = PAPER_FRACTION,
     widths: tuple[int, ...] | None = None,
     pins: Mapping[str, int] | None = None,
     exclude: Iterable[str] = (),
@@ -50,7 +49,7 @@ def make_plan(
     time: RowTime | None = None,
     price: float = 0.0,
     activation_mode: str | None = None,
-    rotation: int = 0,
+    rotation: int | None = None,
 ) -> Plan:
     """Allocate widths to all output features of a model at once.
 
@@ -82,7 +81,7 @@ def make_plan(
         time: (matrix name, format) → seconds that a row takes, e.g. from a cost model.
         price: nats per token that a second of all these rows' time is worth.
         activation_mode: "token" or "group"; by default "token" if inputs are rotated.
-        rotation: Hadamard block that the scores were made with, 0 for none.
+        rotation: Hadamard block of every linear's input, 0 for none; that of the scores by default.
 
     Patterns are shell-style (`model.layers.*.mlp.*`) and match a matrix's name with or without
     its `.weight`.
@@ -115,6 +114,7 @@ def make_plan(
     unscored = (name for name in scores.fingerprint.matrices if name not in scores.loss)
     kept = dict.fromkeys(unscored, NOT_SCORED) | _excluded(exclude, known) | kept
     names = [name for name in scores.loss if name not in kept]
+    rotation = scores.rotation if rotation is None else rotation
     if not names:
         raise OptionError("no matrix is left to quantize: all are excluded or not scored")
 
@@ -133,13 +133,10 @@ def make_plan(
         problem = Problem.build(scores, names, chosen, pinned)
         choice = _paper(problem, chosen[0], chosen[1], fraction, budget)
         predicted = problem.predicted_loss(choice)
-    rows = problem.widths_of(choice)
+    rows = problem.rows_of(choice)
     return Plan(
         fingerprint=scores.fingerprint,
-        sites={
-            name: SitePlan(*scores.shapes[name], rows[name], scores.group, scores.family)
-            for name in names
-        },
+        sites={name: _site(scores, name, *rows[name]) for name in names},
         float_sites=kept,
         activation_mode=activation_mode or ("token" if rotation else "group"),
         rotation=rotation,
@@ -150,6 +147,11 @@ def make_plan(
         constant=constant,
         floor=floor,
     )
+
+
+def _site(scores: Scores, name: str, widths: Tensor, spans: Tensor) -> SitePlan:
+    longer = spans if bool((spans > 1).any()) else None
+    return SitePlan(*scores.shapes[name], widths, scores.group, scores.family, longer)
 
 
 def uniform_plan(

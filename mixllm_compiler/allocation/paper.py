@@ -7,6 +7,10 @@ from torch import Tensor
 
 from ..errors import BudgetError
 
+PAPER_WIDTHS = (4, 8)
+PAPER_FRACTION = 0.1
+"""Of all rows, how many get the high width."""
+
 
 def top_by_count(score: Tensor, fraction: float, low: int, high: int) -> Tensor:
     """`high` for the round(fraction · R) rows of the largest score, `low` for the rest.

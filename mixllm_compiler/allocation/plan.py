@@ -22,6 +22,8 @@ from ..formats.row_format import DEFAULT_GROUP, RowFormat, width_bytes
 from . import plan_text
 
 VERSION = 1
+_NEWEST = 2  # of the file: rows may have spans
+_SPANS = "spans of "  # before a matrix's name, in the file
 ACTIVATION_MODES = ("token", "group")
 
 
@@ -34,6 +36,8 @@ class SitePlan:
         widths: uint8 [N] on the CPU, bits of every row in model order; never changed.
         group: group size along K.
         family: format family.
+        spans: uint8 [N] on the CPU, how many neighbouring groups of a row share a step and an
+            offset (`formats.spans`); None if none do.
     """
 
     n: int
@@ -41,34 +45,49 @@ class SitePlan:
     widths: Tensor = field(repr=False)
     group: int = DEFAULT_GROUP
     family: str = "asym"
+    spans: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        w = self.widths
-        if w.dtype != torch.uint8 or w.shape != (self.n,) or w.device.type != "cpu":
-            raise ValueError(
-                f"widths of {self.n} rows are {w.dtype} {list(w.shape)} on {w.device}, "
-                f"not uint8 [{self.n}] on the CPU"
-            )
-        for bits in self.rows_per_width():
-            RowFormat(bits, self.group, self.family)
+        for name, t in (("widths", self.widths), ("spans", self.spans)):
+            if t is None:
+                continue
+            if t.dtype != torch.uint8 or t.shape != (self.n,) or t.device.type != "cpu":
+                raise ValueError(
+                    f"{name} of {self.n} rows are {t.dtype} {list(t.shape)} on {t.device}, "
+                    f"not uint8 [{self.n}] on the CPU"
+                )
+        _ = self.rows_per_format()
 
     @cached_property
     def raw(self) -> bytes:
-        """The widths as bytes: read once, for tensors cannot be read while torch traces."""
-        return self.widths.numpy().tobytes()
+        """Widths and spans as bytes: read once, for tensors cannot be read while torch traces."""
+        widths = self.widths.numpy().tobytes()
+        return widths if self.spans is None else widths + self.spans.numpy().tobytes()
 
     def rows_per_width(self) -> dict[int, int]:
         """Bits → rows, ascending."""
-        counts = np.bincount(np.frombuffer(self.raw, np.uint8)).tolist()
+        counts = np.bincount(np.frombuffer(self.raw[: self.n], np.uint8)).tolist()
         return {bits: count for bits, count in enumerate(counts) if count}
+
+    def rows_per_format(self) -> dict[RowFormat, int]:
+        """Format → rows, narrow ones first."""
+        if self.spans is None:
+            counted = {(bits, 1): count for bits, count in self.rows_per_width().items()}
+        else:
+            both = np.frombuffer(self.raw, np.uint8).reshape(2, self.n)
+            pairs, counts = np.unique(both, axis=1, return_counts=True)
+            counted = {
+                (b, s): c for (b, s), c in zip(pairs.T.tolist(), counts.tolist(), strict=True)
+            }
+        return {
+            RowFormat(bits, self.group * span, self.family): count
+            for (bits, span), count in counted.items()
+        }
 
     @property
     def true_bytes(self) -> int:
         """Bytes of the stored rows and of the table of their widths."""
-        rows = sum(
-            count * RowFormat(bits, self.group, self.family).row_bytes(self.k)
-            for bits, count in self.rows_per_width().items()
-        )
+        rows = sum(count * fmt.row_bytes(self.k) for fmt, count in self.rows_per_format().items())
         return rows + width_bytes(self.n)
 
     @property
@@ -266,7 +285,10 @@ class Plan:
             "constant": self.constant,
             "floor": self.floor,
         }
-        save_tensors(path, "plan", VERSION, {n: s.widths for n, s in self.sites.items()}, document)
+        rows = {name: site.widths for name, site in self.sites.items()}
+        spans = {_SPANS + n: s.spans for n, s in self.sites.items() if s.spans is not None}
+        # Files without spans stay readable for versions that know none.
+        save_tensors(path, "plan", 2 if spans else VERSION, {**rows, **spans}, document)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -276,14 +298,14 @@ class Plan:
             FileNotFoundError: no such file.
             OptionError: the file is damaged or holds no plan.
         """
-        tensors, document = load_tensors(path, "plan", VERSION)
-        if document["sites"].keys() != tensors.keys():
+        tensors, document = load_tensors(path, "plan", _NEWEST)
+        if document["sites"].keys() != {n for n in tensors if not n.startswith(_SPANS)}:
             raise OptionError(f"{os.fspath(path)!r} is damaged: it lacks rows that it lists")
         certificate = document["certificate"]
         return cls(
             fingerprint=Fingerprint.from_json(document["fingerprint"]),
             sites={
-                name: SitePlan(n, k, tensors[name], group, family)
+                name: SitePlan(n, k, tensors[name], group, family, tensors.get(_SPANS + name))
                 for name, (n, k, group, family) in document["sites"].items()
             },
             float_sites=document["float_sites"],

@@ -131,7 +131,7 @@ class Problem:
         )
 
     def column(self, bits: int) -> int:
-        """Index of the format of that width."""
+        """Index of the format of that width, with the smallest groups if there are several."""
         return [f.bits for f in self.formats].index(bits)
 
     def predicted_loss(self, choice: Tensor) -> float:
@@ -141,12 +141,17 @@ class Problem:
             total -= float(self.time[self.tensor_of_row, choice].sum())
         return total
 
-    def widths_of(self, choice: Tensor) -> dict[str, Tensor]:
-        """Matrix name → uint8 [N] bits of its rows, from int64 [R] indices of formats."""
-        bits = torch.tensor([f.bits for f in self.formats], dtype=torch.uint8)[choice]
-        parts = bits.split([n for n, _ in self.shapes])
+    def rows_of(self, choice: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Matrix name → uint8 [N] bits and group sizes of its rows, from int64 [R] formats.
+
+        Group sizes are in units of the smallest one.
+        """
+        least = min(f.group for f in self.formats)
+        values = ([f.bits, f.group // least if least else 1] for f in self.formats)
+        rows = torch.tensor(list(values), dtype=torch.uint8)[choice]
+        parts = rows.split([n for n, _ in self.shapes])
         return {
-            name: part.clone()
+            name: (part[:, 0].clone(), part[:, 1].clone())
             for twins, part in zip(self.tensors, parts, strict=True)
             for name in twins
         }

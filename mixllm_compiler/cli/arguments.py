@@ -39,28 +39,44 @@ Preset = Annotated[
     str,
     _option(
         "--preset",
-        help="'best' (knapsack over bytes, the default) or 'paper' (10 % of features by count).",
+        help="'best' (the default: a knapsack over two-level rows of 2 to 8 bits, rotated inputs) "
+        "or 'paper' (10 % of features by count at 8 bits, the others at 4, asymmetric, not "
+        "rotated).",
         panel=_PLANNING,
     ),
 ]
 Widths = Annotated[
     str | None,
-    _option("--widths", help="Bits that a row may have, as in 3,4,5,8.", panel=_PLANNING),
-]
+    _option(
+        "--widths", help="Bits that a row may have, as in 3,4,5,8; by default the preset's.",
+        panel=_PLANNING,
+    ),
+]  # fmt: skip
 Group = Annotated[
     int | None,
     _option("--group", help="Group size along K; 128 by default.", panel=_PLANNING),
 ]
+Spans = Annotated[
+    str | None,
+    _option(
+        "--spans",
+        help="Group sizes that a two-level row may choose from, in units of --group, as in 1,2; "
+        "1 by default.",
+        panel=_PLANNING,
+    ),
+]
 Rotate = Annotated[
     int | None,
     _option(
-        "--rotate", help="Block of a Hadamard transform of every input; off by default.",
+        "--rotate",
+        help="Largest block of the Hadamard transform of every input, 0 for none; by default the "
+        "preset's (256 or none).",
         panel=_PLANNING,
     ),
-]  # fmt: skip
+]
 Family = Annotated[
     str | None,
-    _option("--family", help="Format of rows: 'asym' (the default) or 'two-level'.",
+    _option("--family", help="Format of rows: 'two-level' or 'asym'; by default the preset's.",
             panel=_PLANNING),
 ]  # fmt: skip
 Quantizer = Annotated[
@@ -161,6 +177,7 @@ def planning_options(
     *,
     widths: str | None = None,
     group: int | None = None,
+    spans: str | None = None,
     rotate: int | None = None,
     family: str | None = None,
     lm_head: bool = False,
@@ -175,11 +192,12 @@ def planning_options(
     """The backend's options behind these arguments; what was not given is left out.
 
     Raises:
-        OptionError: text that is no list of widths, or no pin.
+        OptionError: text that is no list of numbers, or no pin.
     """
     options: dict[str, Any] = {}
-    if widths is not None:
-        options["widths"] = _widths(widths)
+    for name, text in (("widths", widths), ("spans", spans)):
+        if text is not None:
+            options[name] = _numbers(name, text)
     numbers = {
         "group": group,
         "rotate": rotate,
@@ -214,12 +232,13 @@ def scoring_options(
     return options
 
 
-def _widths(text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
+        what, example = {"widths": ("bits", "3,4,5,8"), "spans": ("spans", "1,2")}[name]
         raise OptionError(
-            f"--widths {text!r} is no list of bits; write for example 3,4,5,8"
+            f"--{name} {text!r} is no list of {what}; write for example {example}"
         ) from None
 
 

@@ -36,6 +36,7 @@ def compile(
     preset: arg.Preset = "best",
     widths: arg.Widths = None,
     group: arg.Group = None,
+    spans: arg.Spans = None,
     rotate: arg.Rotate = None,
     family: arg.Family = None,
     quantizer: arg.Quantizer = "rtn",
@@ -62,6 +63,7 @@ def compile(
     settings = arg.planning_options(
         widths=widths,
         group=group,
+        spans=spans,
         rotate=rotate,
         family=family,
         lm_head=lm_head,
@@ -192,6 +194,7 @@ def generate(
     preset: arg.Preset = "best",
     widths: arg.Widths = None,
     group: arg.Group = None,
+    spans: arg.Spans = None,
     rotate: arg.Rotate = None,
     family: arg.Family = None,
     quantizer: arg.Quantizer = "rtn",
@@ -218,6 +221,7 @@ def generate(
     settings = arg.planning_options(
         widths=widths,
         group=group,
+        spans=spans,
         rotate=rotate,
         family=family,
         lm_head=lm_head,

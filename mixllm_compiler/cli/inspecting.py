@@ -78,6 +78,7 @@ def explain(
     preset: arg.Preset = "best",
     widths: arg.Widths = None,
     group: arg.Group = None,
+    spans: arg.Spans = None,
     rotate: arg.Rotate = None,
     family: arg.Family = None,
     lm_head: arg.LmHead = False,
@@ -104,6 +105,7 @@ def explain(
     settings = arg.planning_options(
         widths=widths,
         group=group,
+        spans=spans,
         rotate=rotate,
         family=family,
         lm_head=lm_head,

@@ -29,8 +29,10 @@ def score(
     length: arg.Length = None,
     seed: arg.Seed = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
+    preset: arg.Preset = "best",
     widths: arg.Widths = None,
     group: arg.Group = None,
+    spans: arg.Spans = None,
     rotate: arg.Rotate = None,
     family: arg.Family = None,
     lm_head: arg.LmHead = False,
@@ -48,19 +50,27 @@ def score(
     Examples:
         mixllm score demo -o demo-scores.safetensors
         mixllm score ./my-model --data text.txt --sequences 16 --widths 3,4,5,8
+        mixllm score ./my-model --preset paper -o paper.safetensors
     """
     from .. import api
     from . import models
 
     loaded, tokenizer = models.load(model, device, dtype)
     options = arg.planning_options(
-        widths=widths, group=group, rotate=rotate, family=family, lm_head=lm_head, exclude=exclude
+        widths=widths,
+        group=group,
+        spans=spans,
+        rotate=rotate,
+        family=family,
+        lm_head=lm_head,
+        exclude=exclude,
     )
     with models.progress("scoring") as step:
         scores = api.score(
             loaded,
             data,
             kind=kind,
+            preset=preset,
             tokenizer=tokenizer,
             batch=batch,
             progress=step,
@@ -70,7 +80,7 @@ def score(
         )
     scores.save(out)
     totals = {
-        name: dict(zip(map(str, scores.widths), row.tolist(), strict=True))
+        name: dict(zip(scores.columns, row.tolist(), strict=True))
         for name, row in scores.totals().items()
     }
     found = {
@@ -120,6 +130,7 @@ def plan(
         mixllm plan scores.safetensors --bits 4.7
         mixllm plan scores.safetensors --bits 4.5 --pin '*.down_proj=8' -o plan45.safetensors
         mixllm plan scores.safetensors --kl 0.003 --formats-per-layer 2
+        mixllm plan paper.safetensors --preset paper
     """
     from .. import api
     from ..salience.scores import Scores

@@ -123,7 +123,7 @@ def run(
     scores = _score(model, timed, quick, more)
     with timed("planning the bits of every row"):
         plan = api.plan(scores, bits=_budget(bits))
-        uniform = uniform_plan(scores.fingerprint, scores.shapes, 4, group=scores.group)
+        uniform = uniform_plan(scores.fingerprint, scores.shapes, 4, family="asym")
     compiled = copy.deepcopy(model)
     lower = "eager" if quick else "inductor"
     ir = folder / "ir"

@@ -2,7 +2,7 @@
 
 A *packing* is a way to lay a `QuantizedWeight` out in one blob. `plain` lives beside this file
 and is what the reference kernels read; every lowering brings its own. Packings are exact:
-`unpack(pack(w)) == w`.
+`unpack(pack(w)) == w.expanded()`.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ def pack(weight: QuantizedWeight, name: str) -> PackedWeight:
         WeightError: it holds codes or scales that no quantizer writes.
     """
     weight.check()
-    return PackedWeight(packing(name).pack(weight), Layout.of(weight, name))
+    return PackedWeight(packing(name).pack(weight.expanded()), Layout.of(weight, name))
 
 
 def unpack(packed: PackedWeight) -> QuantizedWeight:
-    """The matrix of a blob, exactly as it was packed."""
+    """The matrix of a blob, exactly as it was packed; every group has its step and its offset."""
     return packing(packed.layout.packing).unpack(packed.blob, packed.layout)

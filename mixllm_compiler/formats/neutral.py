@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import WeightError
 from .bitpack import pack_bits, unpack_bits
 from .row_format import DEFAULT_GROUP, RowFormat, groups_of, spread, width_bytes
+from .spans import shared, spread_out
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class RowCodes:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """The rows of one width in stored form: bit-packed codes and zero points."""
+    """The rows of one width in stored form: bit-packed codes and zero points.
+
+    Steps and offsets are flat where some rows have longer groups (`formats.spans`).
+    """
 
     codes: Tensor
     scales: Tensor
@@ -100,6 +104,8 @@ class QuantizedWeight:
         group: group size along K.
         family: format family.
         transform: what was applied along K before quantizing, `""` or `"hadamard:<block>"`.
+        spans: uint8 [N], how many neighbouring groups of a row share their step and offset; None
+            if every group has its own.
     """
 
     n: int
@@ -109,12 +115,23 @@ class QuantizedWeight:
     group: int = DEFAULT_GROUP
     family: str = "asym"
     transform: str = ""
+    spans: Tensor | None = None
 
     @classmethod
     def assemble(
-        cls, n: int, k: int, widths: Tensor, rows: list[RowCodes], transform: str = ""
+        cls,
+        n: int,
+        k: int,
+        widths: Tensor,
+        rows: list[RowCodes],
+        transform: str = "",
+        spans: Tensor | None = None,
     ) -> QuantizedWeight:
-        """Store the rows that a quantizer returned, one `RowCodes` a width."""
+        """Store the rows that a quantizer returned, one `RowCodes` a width.
+
+        Raises:
+            WeightError: groups that `spans` says share a step or an offset have different ones.
+        """
         stored = {}
         for part in rows:
             b = part.format.bits
@@ -124,7 +141,7 @@ class QuantizedWeight:
                 pack_bits(codes, b), part.scales, zeros, part.steps, part.offsets
             )
         any_format = rows[0].format
-        return cls(
+        found = cls(
             n,
             k,
             widths.to(torch.uint8),
@@ -133,6 +150,7 @@ class QuantizedWeight:
             any_format.family,
             transform,
         )
+        return found.sharing(spans)
 
     def format(self, bits: int) -> RowFormat:
         return RowFormat(bits, self.group, self.family)
@@ -143,10 +161,40 @@ class QuantizedWeight:
         codes = unpack_bits(stored.codes, bits, self.k)
         if fmt.symmetric:
             codes = codes.view(torch.int8)
-        zeros = None
+        zeros, groups = None, groups_of(self.k, self.group)
         if stored.zeros is not None:
-            zeros = unpack_bits(stored.zeros, bits, groups_of(self.k, self.group))
-        return RowCodes(fmt, codes, stored.scales, zeros, stored.steps, stored.offsets)
+            zeros = unpack_bits(stored.zeros, bits, groups)
+        spans = None if self.spans is None else self.spans[self.widths == bits]
+        steps, offsets = (
+            None if t is None else spread_out(t, spans, groups)
+            for t in (stored.steps, stored.offsets)
+        )
+        return RowCodes(fmt, codes, stored.scales, zeros, steps, offsets)
+
+    def expanded(self) -> QuantizedWeight:
+        """The same numbers, with a step and an offset for every group: what packings read."""
+        if self.spans is None:
+            return self
+        rows = {}
+        for bits, stored in self.rows.items():
+            found = self.row_codes(bits)
+            rows[bits] = replace(stored, steps=found.steps, offsets=found.offsets)
+        return replace(self, rows=rows, spans=None)
+
+    def sharing(self, spans: Tensor | None) -> QuantizedWeight:
+        """Inverse of `expanded`.
+
+        Raises:
+            WeightError: groups that `spans` says share a step or an offset have different ones.
+        """
+        if spans is None:
+            return self
+        spans, rows = spans.to(self.widths.device), {}
+        for bits, stored in self.rows.items():
+            mine = spans[self.widths == bits]
+            steps, offsets = _shared(stored.steps, mine), _shared(stored.offsets, mine)
+            rows[bits] = replace(stored, steps=steps, offsets=offsets)
+        return replace(self, rows=rows, spans=spans)
 
     def model_rows(self, bits: int) -> Tensor:
         """int64 indices, in the model's matrix, of the rows of one width; ascending."""
@@ -176,3 +224,12 @@ class QuantizedWeight:
         """Bytes of the stored form: all stored tensors and the width of every row."""
         stored = sum(t.numel() * t.element_size() for s in self.rows.values() for t in s.tensors())
         return stored + width_bytes(self.n)
+
+
+def _shared(values: Tensor | None, spans: Tensor | None) -> Tensor | None:
+    if values is None or spans is None:
+        return values
+    stored = shared(values, spans)
+    if not torch.equal(spread_out(stored, spans, values.shape[1]), values):
+        raise WeightError("groups that share a step and an offset have different ones")
+    return stored

@@ -120,5 +120,5 @@ class RowFormat:
 
 
 def width_bytes(n: int) -> int:
-    """Bytes of the width table of N rows: four bits a row."""
+    """Bytes of the table of N rows' widths: four bits a row, which name its span as well."""
     return math.ceil(n / 2)

@@ -30,6 +30,10 @@ class Binding:
     source: Any = None
 
 
+Rows = tuple[Tensor, Tensor | None]
+"""Widths and spans of a matrix's rows, see `Matrix`."""
+
+
 @dataclass
 class Matrix:
     """One constant matrix and how far it is on its way to a kernel argument.
@@ -43,6 +47,7 @@ class Matrix:
         transform: applied along K before quantizing, e.g. "hadamard:128".
         losses: fp32 [N, F] expected loss per row and candidate format (`annotate-salience`).
         widths: uint8 [N] bits per row (`allocate-bits`).
+        spans: uint8 [N], see `SitePlan`; None if no groups share anything.
         packed: the blob that the graph's ops read (`quantize-weights`, `pack-weights`).
         attr: name of the graph's constant that holds the blob.
         kernel, packing: what `select-kernels` chose.
@@ -58,6 +63,7 @@ class Matrix:
     transform: str = ""
     losses: Tensor | None = None
     widths: Tensor | None = None
+    spans: Tensor | None = None
     packed: PackedWeight | None = None
     attr: str = ""
     kernel: str = ""

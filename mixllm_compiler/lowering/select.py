@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +23,8 @@ from .target import Target
 from .triton import generate, support
 from .triton import layout as tiles
 
+log = logging.getLogger("mixllm_compiler")
+
 Supports = Callable[[Layout, str, torch.dtype, Target], "str | None"]
 """(layout, mode, output type, target) → None, or the reason why not."""
 
@@ -34,6 +38,7 @@ class Lowering:
         priority: the highest that supports a linear wins.
         packing: name of the packing that its kernels read.
         kernel: the lowered ops' `kernel` argument; `""` keeps the semantic ops.
+        device: type of the devices that it is for, `""` for all.
         supports: None if it can run a linear, else the reason why not.
         quantizer: `"kernel"` quantizes activations in a kernel of its own, `"decompose"` leaves
             that to plain torch, where Inductor sees it.
@@ -44,6 +49,7 @@ class Lowering:
     priority: int
     packing: str
     kernel: str
+    device: str
     supports: Supports
     quantizer: Literal["kernel", "decompose"]
     variant: Callable[[], str] = str
@@ -80,24 +86,30 @@ def _everything(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -
     return None
 
 
+@functools.cache
+def _announce(reasons: str) -> None:
+    log.warning("mixllm: linears run in plain torch, slowly: %s", reasons)
+
+
 REFERENCE = "reference"
 """The definition itself: it runs everything, everywhere."""
 
 LOWERINGS = {
     lowering.name: lowering
     for lowering in (
-        Lowering(REFERENCE, 0, "plain.v1", "", _everything, "decompose"),
+        Lowering(REFERENCE, 0, "plain.v1", "", "", _everything, "decompose"),
         Lowering(
             "cpp",
             5,
             panels.NAME,
             cpp_generate.VERSION,
+            "cpu",
             cpp_support.reason,
             "kernel",
             lambda: isa.current().name,
         ),
-        Lowering("cuda", 20, cuda_tiles.NAME, cuda_kernels.VERSION, cuda.reason, "kernel"),
-        Lowering("triton", 10, tiles.NAME, generate.VERSION, support.reason, "kernel"),
+        Lowering("cuda", 20, cuda_tiles.NAME, cuda_kernels.VERSION, "cuda", cuda.reason, "kernel"),
+        Lowering("triton", 10, tiles.NAME, generate.VERSION, "cuda", support.reason, "kernel"),
     )
 }
 """All lowerings by name."""
@@ -106,7 +118,7 @@ LOWERINGS = {
 def select(
     layout: Layout, mode: str, dtype: torch.dtype, target: Target, only: str | None = None
 ) -> KernelChoice:
-    """Choose the kernels of one linear.
+    """Choose the kernels of one linear; once for each reason says that there are none.
 
     Args:
         layout: of the weight; its packing is not looked at.
@@ -127,6 +139,9 @@ def select(
         # A lowering sees the layout as it would pack it.
         why = lowering.supports(replace(layout, packing=lowering.packing), mode, dtype, target)
         if why is None:
+            own = [r for r in reasons if LOWERINGS[r.partition(":")[0]].device == target.type]
+            if lowering.name == REFERENCE and only is None and own:
+                _announce("; ".join(own))
             return KernelChoice(
                 lowering.name,
                 lowering.packing,

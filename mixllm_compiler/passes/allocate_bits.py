@@ -14,8 +14,8 @@ from ..allocation.allocate import make_plan
 from ..allocation.plan import Plan
 from ..errors import PlanMismatch
 from ..formats.fingerprint import fingerprint
-from ..ir.graph import MixGraph
-from ..options import DEFAULT_BITS, PAPER_FRACTION, Options
+from ..ir.graph import MixGraph, Rows
+from ..options import DEFAULT_BITS, Options
 from ..salience.probes import siblings
 from ..salience.scores import Scores
 from .base import Changes, Pass
@@ -39,16 +39,16 @@ class AllocateBits(Pass):
         look_up(graph, ctx)
         if ctx.known is not None:
             ctx.plan = ctx.known.plan
-            widths = ctx.known.widths
+            rows = ctx.known.rows
         elif ctx.plan is not None:
-            widths = widths_from(ctx.plan, graph)
+            rows = rows_from(ctx.plan, graph)
         else:
             ctx.plan = plan_graph(graph, ctx)
-            widths = {name: site.widths for name, site in ctx.plan.sites.items()}
+            rows = {name: (site.widths, site.spans) for name, site in ctx.plan.sites.items()}
         for matrix in matrices:
-            matrix.widths = widths[matrix.name]
-            rows = torch.bincount(matrix.widths.long()).tolist()
-            mix = " ".join(f"w{b}:{n}" for b, n in enumerate(rows) if n)
+            matrix.widths, matrix.spans = rows[matrix.name]
+            counts = torch.bincount(matrix.widths.long()).tolist()
+            mix = " ".join(f"w{b}:{n}" for b, n in enumerate(counts) if n)
             changes.add(matrix.name, mix)
         remember(graph, ctx)
         return changes
@@ -66,7 +66,7 @@ def plan_graph(graph: MixGraph, ctx: Context) -> Plan:
         fingerprint=fingerprint({m.name: m.stored() for m in matrices}),
         tokens=ctx.tokens,
         sequences=ctx.sequences,
-        settings={},
+        settings={"rotate": str(ctx.rotated)},
         group=options.group,
         siblings=siblings(graph),
     )
@@ -81,7 +81,6 @@ def plan_arguments(options: Options) -> dict[str, Any]:
     return {
         "bits": bits,
         "preset": options.preset,
-        "fraction": PAPER_FRACTION,
         "widths": options.widths,
         "pins": options.pins,
         "tile": options.tile,
@@ -89,22 +88,20 @@ def plan_arguments(options: Options) -> dict[str, Any]:
         "siblings": options.siblings,
         "tp": options.tp,
         "formats_per_layer": options.formats_per_layer,
-        "activation_mode": options.activation_mode,
-        "rotation": options.rotate,
     }
 
 
-def widths_from(plan: Plan, graph: MixGraph) -> dict[str, torch.Tensor]:
-    """Widths of this graph's matrices from a plan of the whole model (or of this graph).
+def rows_from(plan: Plan, graph: MixGraph) -> dict[str, Rows]:
+    """Widths and spans of this graph's matrices from a plan of the whole model (or of this graph).
 
     Raises:
         PlanMismatch: the plan was made for another model.
     """
     own = fingerprint({m.name: m.stored() for m in graph.active()})
     names = plan.match(own, subset=True)
-    widths = {}
+    rows: dict[str, Rows] = {}
     for name, planned in names.items():
         if planned not in plan.sites:
             raise PlanMismatch(f"the plan keeps {planned} float; exclude it here as well")
-        widths[name] = plan.sites[planned].widths
-    return widths
+        rows[name] = plan.sites[planned].widths, plan.sites[planned].spans
+    return rows

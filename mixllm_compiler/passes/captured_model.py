@@ -35,12 +35,14 @@ class CapturedModel:
         options: those it was captured with.
         weights: placeholder → parameter or buffer, the same in every batch.
         batches: per batch, placeholder → input.
+        rotation: Hadamard block that linears' inputs were given, 0 if none was.
     """
 
     graph: MixGraph
     options: Options
     weights: Values
     batches: tuple[Values, ...]
+    rotation: int
 
     def inputs(self, batch: int) -> Values:
         """Everything that the graph takes in one batch."""
@@ -70,15 +72,14 @@ def capture_model(
     if "use_cache" in inspect.signature(forward).parameters:
         extra = {"use_cache": False, **extra}
     graphs: list[MixGraph] = []
+    ctx = Context(options)
     calls: list[Sequence[Any]] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compat.self_test()
         outputs = _blank_outputs(gm)
         graph = capture(gm, inputs)
-        Pipeline([CanonicalizeLinears(), AnnotateLinears(), RotateInputs()]).run(
-            graph, Context(options)
-        )
+        Pipeline([CanonicalizeLinears(), AnnotateLinears(), RotateInputs()]).run(graph, ctx)
         if not graph.active():
             raise UnsupportedModel(no_linears(graph))
         graph.refuse_released()
@@ -108,7 +109,7 @@ def capture_model(
         {n: v for n, v in zip(names, args, strict=True) if n not in graph.bindings}
         for args in calls
     )
-    return CapturedModel(graph, options, weights, own)
+    return CapturedModel(graph, options, weights, own, ctx.rotated)
 
 
 def _call(

@@ -34,6 +34,7 @@ class Context:
         target: where the kernels will run.
         plan: the allocation in force, once known.
         known: rows planned by an earlier graph of the same weights, or None.
+        rotated: Hadamard block that linears' inputs were given, 0 if they stayed as they are.
         score_kind: how features were scored, for the report.
         tokens: supervised tokens that scoring saw.
         records: passes run so far.
@@ -43,6 +44,7 @@ class Context:
     target: Target = field(default_factory=lambda: Target("cpu"))
     plan: Plan | None = None
     known: PlannedModel | None = None
+    rotated: int = 0
     score_kind: str = ""
     score_note: str = ""
     tokens: int = 0
@@ -51,10 +53,16 @@ class Context:
 
     @property
     def activation_mode(self) -> str:
-        return self.plan.activation_mode if self.plan is not None else self.options.activation_mode
+        """The plan's; without one per token where inputs are rotated, which makes one scale enough,
+        else per group.
+        """
+        if self.plan is not None:
+            return self.plan.activation_mode
+        return "token" if self.rotated else "group"
 
     @property
     def rotation(self) -> int:
+        """Hadamard block to rotate by: the plan's, whatever the options say."""
         return self.plan.rotation if self.plan is not None else self.options.rotate
 
     @property

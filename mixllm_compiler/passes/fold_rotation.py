@@ -40,7 +40,7 @@ def fold_rotation(model: nn.Module, ids: Tensor, **extra: Any) -> nn.Module:
     """
     twin = copy.deepcopy(model)
     ids = ids.to(next(twin.parameters()).device)
-    graph = capture_model(twin, [ids], Options(quiet=True), **extra).graph
+    graph = capture_model(twin, [ids], Options(rotate=0, quiet=True), **extra).graph
     folded = 0
     with torch.no_grad():
         for x, sites in readers(graph).items():

@@ -22,7 +22,7 @@ def look_up(graph: MixGraph, ctx: Context) -> None:
     matrices = graph.active()
     if ctx.known is not None or not matrices:
         return
-    digest = ctx.options.planning_digest()
+    digest = _digest(ctx)
     ctx.known = PLANS.find(digest, matrices)
     if ctx.known is not None:
         ctx.plan = ctx.known.plan
@@ -34,8 +34,12 @@ def remember(graph: MixGraph, ctx: Context) -> None:
     """Keep the plan that was just put in force."""
     if ctx.known is None and ctx.plan is not None:
         broken = compat.break_reason(graph.module)
-        digest = ctx.options.planning_digest()
-        PLANS.add(digest, ctx.plan, graph.active(), graph.root, broken)
+        PLANS.add(_digest(ctx), ctx.plan, graph.active(), graph.root, broken)
+
+
+def _digest(ctx: Context) -> str:
+    """Of what was asked for, and of what the pipeline did before planning."""
+    return f"{ctx.options.planning_digest()} rotated {ctx.rotated}"
 
 
 def _refuse_second_piece(digest: str, graph: MixGraph) -> None:

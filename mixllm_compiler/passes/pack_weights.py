@@ -12,7 +12,7 @@ from ..ir import ops
 from ..ir.annotations import quantized_experts_of, quantized_of
 from ..ir.graph import Matrix, MixGraph
 from ..lowering import lowered
-from ..runtime.weights import CACHE, packing_key
+from ..runtime.weights import CACHE, packing_key, repacked
 from .base import Changes, Pass
 
 if TYPE_CHECKING:
@@ -48,12 +48,7 @@ class PackWeights(Pass):
     def _repack(self, matrix: Matrix, packing: str, ctx: Context) -> PackedWeight:
         assert matrix.packed is not None
         if matrix.widths is None:  # a PackedLinear's own buffer
-            key: tuple[object, ...] = ("module", packing)
-            known = CACHE.get(matrix.binding.tensor, key)
-            if known is None:
-                known = pack(unpack(matrix.packed), packing)
-                CACHE.put(matrix.binding.tensor, key, known)
-            return known
+            return repacked(matrix.packed, packing)
         packed = pack(unpack(matrix.packed), packing)
         self._remember(matrix, packed, ctx)
         return packed

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ from ..ir.annotations import LinearSite
 from ..ir.graph import Matrix
 from ..ir.reference import quantize_activation
 from ..options import Options
-from ..quantizers.encode import Encoded, encode
+from ..quantizers.encode import Encoded, by_span, encode
 from ..quantizers.gptq import SWEEPS, quantize_gptq
 from ..quantizers.hessian import DAMPING, factorize, require_finite
 from ..quantizers.list_search import quantize_by_search
 from ..quantizers.refit import refit
+from ..quantizers.rtn import quantize_rtn
 from ..runtime.weights import CACHE, packing_key
 from .captured_model import CapturedModel, Values, capture_model, even_batch
 from .quantize_experts import ExpertGroup, expert_linears
@@ -99,6 +100,7 @@ class Wanted:
     widths: Tensor
     group: int
     family: str
+    spans: Tensor | None = None
 
 
 @dataclass
@@ -297,8 +299,15 @@ class QuantizingRun:
                 continue
             self.sparse[name] = moments.tokens
             plan = self.wanted[name]
-            coded = encode(matrix.value().float(), plan.widths, plan.group, plan.family)
-            self.weights[name] = coded.stored(matrix.transform)
+            self.weights[name] = quantize_rtn(
+                matrix.value().float(),
+                plan.widths,
+                plan.group,
+                matrix.transform,
+                plan.family,
+                clip=True,
+                spans=plan.spans,
+            )
         w_hats = [self.weights[name].dequantize(torch.float32) for name in group.site.matrices]
         return {group.node: functools.partial(expert_linears, rounded, w_hats)}
 
@@ -314,9 +323,16 @@ class QuantizingRun:
             share = moments.held_tokens / moments.tokens
             w, strength = refit(w, h, moments.cross(), *moments.held(), share, weights)
             self.strengths |= {m.name: strength for m in matrices}
-        coded = self.encode(w, wanted[0], widths, h, matrices[0].name)
-        for matrix, part in zip(matrices, coded.split([m.n for m in matrices]), strict=True):
-            self.weights[matrix.name] = part.stored(matrix.transform)
+        spans = [torch.ones_like(p.widths) if p.spans is None else p.spans for p in wanted]
+
+        def coded_rows(rows: Tensor, group: int) -> Encoded:
+            longer = replace(wanted[0], group=group)
+            return self.encode(w[rows], longer, widths[rows], h, matrices[0].name)
+
+        coded = by_span(torch.cat(spans).to(w.device), wanted[0].group, coded_rows)
+        parts = coded.split([m.n for m in matrices])
+        for matrix, part, plan in zip(matrices, parts, wanted, strict=True):
+            self.weights[matrix.name] = part.stored(matrix.transform, plan.spans)
 
     def encode(self, w: Tensor, wanted: Wanted, widths: Tensor, h: Tensor, name: str) -> Encoded:
         """Codes of W [N, K], for inputs of second moment H; `name` is for errors."""
@@ -412,7 +428,7 @@ def quantize_model(
             "linear of this model's captured graph"
         )
     sites = {o: plan.sites[p] for o, p in names.items()}
-    wanted = {o: Wanted(s.widths, s.group, s.family) for o, s in sites.items()}
+    wanted = {o: Wanted(s.widths, s.group, s.family, s.spans) for o, s in sites.items()}
     weights = {o: row_weights[p] for o, p in names.items() if row_weights and p in row_weights}
     run = QuantizingRun(captured, wanted, plan.activation_mode, recipe, weights)
     found = run.run(progress)
@@ -429,7 +445,7 @@ def quantize_model(
     if keep:
         for name, weight in found.items():
             matrix = matrices[name]
-            matrix.widths = wanted[name].widths
+            matrix.widths, matrix.spans = wanted[name].widths, wanted[name].spans
             key = packing_key(matrix, first.group, first.family)
             CACHE.put(matrix.binding.tensor, key, pack(weight, "plain.v1"))
     return {names[o]: weight for o, weight in found.items()}

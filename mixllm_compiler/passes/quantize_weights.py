@@ -43,6 +43,7 @@ class QuantizeWeights(Pass):
                     matrix.transform,
                     ctx.family,
                     clip=ctx.family == "two-level",
+                    spans=matrix.spans,
                 )
                 matrix.packed = pack(weight, "plain.v1")
             changes.add(matrix.name, f"{8 * weight.true_bytes() / (weight.n * weight.k):.3f} bits")

@@ -2,7 +2,8 @@
 
 x Wᵀ = (x T)(W T)ᵀ for orthonormal T. Siblings that read the same value share one transform.
 Rotated inputs have no outliers, which makes one int8 scale per token as accurate as one per
-group (QuaRot, arXiv 2404.00456). Off unless asked for.
+group (QuaRot, arXiv 2404.00456). Blocks are the largest power of two from 32 up to the one asked
+for that divides K; a linear without one stays as it is.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class RotateInputs(Pass):
         folded = _rotated_before(graph)
         for node, site in list(graph.sites()):
             if site.module in folded:
+                ctx.rotated = wanted
                 changes.add(site.matrix, "not rotated: its producer does it")
                 continue
             block = block_for(site.k, wanted)
@@ -46,6 +48,7 @@ class RotateInputs(Pass):
                 changes.add(site.matrix, f"not rotated: no power of two ≥ 32 divides K = {site.k}")
                 continue
             self._rotate(graph, node, site, block, rotated)
+            ctx.rotated = wanted
             graph.matrices[site.matrix].transform = f"hadamard:{block}"
             changes.add(site.matrix, f"input in Hadamard blocks of {block}")
         for node, grouped in list(graph.grouped_sites()):
@@ -55,6 +58,7 @@ class RotateInputs(Pass):
                 changes.add(first, f"and all experts beside it {why}")
                 continue
             self._rotate_experts(graph, node, block)
+            ctx.rotated = wanted
             for name in grouped.matrices:
                 graph.matrices[name].transform = f"hadamard:{block}"
                 changes.add(name, f"input in Hadamard blocks of {block}")

@@ -54,9 +54,9 @@ def scale_model(
     if method not in METHODS:
         raise OptionError(f"unknown method {method!r}.{nearest(method, METHODS)}")
     twin = copy.deepcopy(model)
-    captured = capture_model(twin, batches, Options(quiet=True), **extra)
+    captured = capture_model(twin, batches, Options(rotate=0, quiet=True), **extra)
     if method in SHIFTING and _give_biases(twin, captured.graph):
-        captured = capture_model(twin, batches, Options(quiet=True), **extra)
+        captured = capture_model(twin, batches, Options(rotate=0, quiet=True), **extra)
     graph = captured.graph
     first = batches[0][:1].to(next(model.parameters()).device)
     search = method == "awq" and alpha is None

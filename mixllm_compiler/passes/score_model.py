@@ -67,7 +67,7 @@ def score_model(
         checkpoint = Checkpoint(resume, made)
     found = _found(captured, ids, spec, token_weights, progress, checkpoint)
     empty = {m.name: torch.zeros(m.n, len(spec.formats)) for m in matrices}
-    settings = {**settings, "loss": found.loss, "rotate": str(options.rotate)}
+    settings = {**settings, "loss": found.loss, "rotate": str(captured.rotation)}
     if spec.kind in GRADIENT_KINDS:
         settings["labels"] = spec.labels
     return Scores(

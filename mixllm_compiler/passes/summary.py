@@ -61,7 +61,7 @@ def _linear(matrix: Matrix, m: int, target: Target) -> LinearRecord:
         matrix.n,
         matrix.k,
         dict(matrix.packed.layout.widths),
-        true_bits([unpack(matrix.packed)]),
+        true_bits([unpack(matrix.packed).sharing(matrix.spans)]),
         resident_bits([matrix.packed]),
         matrix.kernel,
         float_bits=float_bits if matrix.widths is not None else 32,

@@ -7,7 +7,7 @@ columns that come after it, and a group's grid is chosen when the sweep reaches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,11 +90,21 @@ class Encoded:
         columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _BY_ROW}
         return replace(self, **columns)
 
-    def stored(self, transform: str = "") -> QuantizedWeight:
-        """In the neutral form."""
+    def stored(self, transform: str = "", spans: Tensor | None = None) -> QuantizedWeight:
+        """In the neutral form; `spans` uint8 [N] are those that the rows were quantized with."""
         n, k = self.codes.shape
         rows = [self.rows(int(bits)) for bits in sorted(set(self.widths.tolist()))]
-        return QuantizedWeight.assemble(n, k, self.widths, rows, transform)
+        spans = None if spans is None else spans.to(self.widths.device)
+        return QuantizedWeight.assemble(n, k, self.widths, rows, transform, spans)
+
+    def regrouped(self, group: int) -> Encoded:
+        """The same rows in groups of a size that divides theirs."""
+        repeats, groups = self.group // group, groups_of(self.codes.shape[1], group)
+        grids = {
+            name: getattr(self, name).repeat_interleave(repeats, 1)[:, :groups]
+            for name in ("step", "offset", "top")
+        }
+        return replace(self, group=group, **grids)
 
     def rows(self, bits: int) -> RowCodes:
         """The rows of one width, ascending."""
@@ -109,6 +119,21 @@ class Encoded:
             return RowCodes(fmt, codes, self.scale[rows], steps=t, offsets=c)
         zeros = (-offset / step).round().to(torch.uint8)
         return RowCodes(fmt, codes, step.half(), zeros)
+
+
+def by_span(spans: Tensor, group: int, quantize: Callable[[Tensor, int], Encoded]) -> Encoded:
+    """Rows of each span quantized by themselves, in groups `span` times as long as `group`.
+
+    Args:
+        spans: uint8 [N].
+        quantize: (int64 indices of rows, their group size) → the rows in that order.
+    """
+    order, parts = [], []
+    for span in sorted(set(spans.tolist())):
+        rows = (spans == span).nonzero().flatten()
+        order.append(rows)
+        parts.append(quantize(rows, group * span).regrouped(group))
+    return Encoded.joined(parts).take(torch.cat(order).argsort())
 
 
 def encode(

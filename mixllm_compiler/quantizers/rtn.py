@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import WeightError
 from ..formats.neutral import QuantizedWeight, RowCodes
 from ..formats.row_format import DEFAULT_GROUP, RowFormat, group_size, groups_of, padded
-from .encode import encode
+from .encode import Encoded, by_span, encode
 from .grid import fp16_scale
 
 
@@ -87,12 +87,22 @@ def quantize_rtn(
     family: str = "asym",
     importance: Tensor | None = None,
     clip: bool = False,
+    spans: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize W [N, K] with `widths` uint8 [N] bits per row; see `quantize_rows`.
+
+    Args:
+        spans: uint8 [N], groups of a two-level row that share a step and an offset.
 
     Deterministic: the same weights and widths give the same bytes.
     """
     widths = widths.to(w.device)
+    if spans is not None:
+
+        def rounded(rows: Tensor, longer: int) -> Encoded:
+            return encode(w[rows], widths[rows], longer, family, importance=importance, clip=clip)
+
+        return by_span(spans.to(w.device), group, rounded).stored(transform, spans)
     parts = []
     for bits in sorted(set(widths.tolist())):
         rows = (widths == bits).nonzero().flatten()

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..formats.layout import PackedWeight
-from ..ir.graph import Matrix
+from ..formats.layout import PackedWeight, pack, unpack
+from ..ir.graph import Matrix, Rows
 
 if TYPE_CHECKING:
     from ..allocation.plan import Plan
@@ -36,8 +36,10 @@ def stamp(weight: Tensor) -> tuple[object, ...]:
 def packing_key(matrix: Matrix, group: int, family: str) -> tuple[Hashable, ...]:
     """What besides the float values decides a packed blob."""
     assert matrix.widths is not None
-    rows = hashlib.sha256(matrix.widths.cpu().numpy().tobytes()).digest()
-    return (matrix.transposed, matrix.expert, matrix.transform, group, family, rows)
+    rows = hashlib.sha256(matrix.widths.cpu().numpy().tobytes())
+    if matrix.spans is not None:
+        rows.update(matrix.spans.cpu().numpy().tobytes())
+    return (matrix.transposed, matrix.expert, matrix.transform, group, family, rows.digest())
 
 
 @dataclass
@@ -105,20 +107,31 @@ def _weak(weight: Tensor, entries: dict[int, _Entry]) -> weakref.ref[Tensor]:
 CACHE = PackedCache()
 
 
+def repacked(packed: PackedWeight, packing: str) -> PackedWeight:
+    """A module's own blob as a kernel reads it: packed once, and again when the blob changes."""
+    key = ("module", packing)
+    known = CACHE.get(packed.blob, key)
+    if known is None:
+        with torch.no_grad(), torch.inference_mode(False):
+            known = pack(unpack(packed), packing)
+        CACHE.put(packed.blob, key, known)
+    return known
+
+
 @dataclass
 class PlannedModel:
     """The widths in force for the weights of one captured graph.
 
     Attributes:
         plan: where they come from.
-        widths: uint8 [N] per matrix name of that graph.
+        rows: widths and spans per matrix name of that graph.
         weights: float weight and stamp per matrix name.
         root: the model, if Dynamo could say which.
         broken: why the graph ended early, if a graph break ended it.
     """
 
     plan: Plan
-    widths: Mapping[str, Tensor]
+    rows: Mapping[str, Rows]
     weights: dict[str, tuple[weakref.ref[Tensor], tuple[object, ...]]]
     root: weakref.ref[torch.nn.Module] | None
     broken: str | None = None
@@ -181,12 +194,12 @@ class PlanStore:
         root: torch.nn.Module | None,
         broken: str | None,
     ) -> PlannedModel:
-        widths = {m.name: m.widths for m in matrices if m.widths is not None}
+        rows = {m.name: (m.widths, m.spans) for m in matrices if m.widths is not None}
         weights = {
             m.name: (weakref.ref(m.binding.tensor), stamp(m.binding.tensor)) for m in matrices
         }
         planned = PlannedModel(
-            plan, widths, weights, None if root is None else weakref.ref(root), broken
+            plan, rows, weights, None if root is None else weakref.ref(root), broken
         )
         with _LOCK:
             self._plans.setdefault(digest, []).append(planned)

@@ -25,14 +25,15 @@ class Scores:
 
     Attributes:
         kind: how rows were scored, e.g. `"fisher-sequence"` or `"paper"`.
-        formats: candidate formats, all of one group size and family; F of them.
+        formats: candidate formats, all of one family, with groups of the least size or of a
+            multiple of it; F of them.
         loss: matrix name → fp32 [N, F], nats per token by which the loss is expected to grow if
             that row is stored in that format. Infinite where a row cannot have a format.
         shapes: matrix name → (N, K), the same names as `loss`.
         fingerprint: of the model that was scored; it may hold matrices that were not scored.
         tokens, sequences: how much text the scores come from.
         settings: whatever else decided the numbers, as text (data, seed, rotation, …).
-        group: group size along K of all formats.
+        group: the least group size along K.
         siblings: matrix name → name of the group of matrices that read the same activation value
             (q, k and v; gate and up); a matrix that reads one alone may be missing.
         curvature: matrix name → fp32 [N], E[δ²] of the output features per supervised token; empty
@@ -54,10 +55,13 @@ class Scores:
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
             raise ValueError("scores need at least one format, and each one once")
-        if {f.group for f in self.formats} != {self.group} or len(
-            {*map(_family, self.formats)}
-        ) > 1:
-            raise ValueError(f"formats of scores share one family and the group {self.group}")
+        if (
+            min(f.group for f in self.formats) != self.group
+            or len({*map(_family, self.formats)}) > 1
+        ):
+            raise ValueError(
+                f"formats of scores share one family and begin with group {self.group}"
+            )
         if self.loss.keys() != self.shapes.keys():
             odd = sorted(self.loss.keys() ^ self.shapes.keys())
             raise ValueError(f"scores and shapes name other matrices: {', '.join(odd)}")
@@ -110,9 +114,19 @@ class Scores:
         return self.formats[0].family
 
     @property
+    def rotation(self) -> int:
+        """Hadamard block of the inputs that were scored, 0 for none."""
+        return int(self.settings.get("rotate", 0))  # older files had none and did not say so
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Bits of the candidate formats, in their order."""
-        return tuple(f.bits for f in self.formats)
+        return tuple(dict.fromkeys(f.bits for f in self.formats))
+
+    @property
+    def columns(self) -> list[str]:
+        """Short names of the formats: `"w4"`, or `"w4 g256"` where groups are longer than most."""
+        return [_short(f, self.group) for f in self.formats]
 
     @property
     def unreached(self) -> dict[str, int]:
@@ -159,7 +173,7 @@ class Scores:
             tokens=document["tokens"],
             sequences=document["sequences"],
             settings=document["settings"],
-            group=formats[0].group,
+            group=min(f.group for f in formats),
             siblings=document.get("siblings", {}),  # older files have none, nor curvature
             curvature=curvature,
         )
@@ -187,7 +201,11 @@ class Scores:
         rows = [(name, len(found), torch.stack(found).sum(0)) for name, found in places.items()]
         everything = torch.stack([total for *_, total in rows]).sum(0) if rows else torch.empty(0)
         body = table(
-            ("nats per token, all rows in", "matrices", *(f"w{bits}" for bits in self.widths)),
+            (
+                "nats per token, all rows in",
+                "matrices",
+                *self.columns,
+            ),
             [
                 (name, count, *(f"{value:.3g}" for value in total.tolist()))
                 for name, count, total in [*rows, ("all", len(self.loss), everything)]
@@ -217,12 +235,16 @@ class Scores:
                 pairs = [(a[self.formats.index(f)], b[other.formats.index(f)]) for f in common]
                 rows.append((name, *(f"{x:.3g} → {y:.3g}" for x, y in pairs)))
         if rows:
-            lines.append(table(("matrix", *(f"w{f.bits}" for f in common)), rows))
+            lines.append(table(("matrix", *(_short(f, self.group) for f in common)), rows))
         return "\n".join(lines)
 
 
 def _family(fmt: RowFormat) -> str:
     return fmt.family
+
+
+def _short(fmt: RowFormat, group: int) -> str:
+    return f"w{fmt.bits}" if fmt.group == group else f"w{fmt.bits} g{fmt.group}"
 
 
 def _equal(a: Scores, b: Scores, name: str, formats: list[RowFormat]) -> bool:

@@ -291,8 +291,8 @@ def test_training_mode_is_refused_at_every_door(scores):
 
 
 def test_a_budget_that_no_plan_meets_says_what_is_possible(scores):
-    with pytest.raises(BudgetError, match=r"take from 4\.\d+ bits .* to 8\.\d+ bits"):
-        mixllm_compiler.plan(scores, bits=4.0)
+    with pytest.raises(BudgetError, match=r"take from 2\.\d+ bits .* to 8\.\d+ bits"):
+        mixllm_compiler.plan(scores, bits=2.0)
 
 
 def test_an_unknown_option_names_the_nearest_one(scores):

@@ -29,9 +29,9 @@ def test_every_linear_has_its_rows_bits_and_kernel():
 
 
 def bits_of(rows: dict[int, int], n: int, k: int) -> float:
-    """Codes, fp16 scales, zero points below 8 bits, four bits for the row's width; group 128."""
+    """Codes, a fp32 scale, two bytes a group below 8 bits, four bits for the row's width."""
     groups = k // 128
-    stored = {b: b * k + 16 * groups + (0 if b == 8 else -(-groups * b // 8) * 8) for b in rows}
+    stored = {b: b * k + 32 + (0 if b == 8 else 16 * groups) for b in rows}
     return (sum(count * stored[b] for b, count in rows.items()) + 4 * n) / (n * k)
 
 

@@ -10,9 +10,10 @@ import torch
 import mixllm_compiler.runtime  # noqa: F401  installs the build cache
 from mixllm_compiler.errors import LoweringError, OptionError
 from mixllm_compiler.formats.layout import Layout, packing
+from mixllm_compiler.lowering import select as selection
 from mixllm_compiler.lowering.cost import predict_seconds
 from mixllm_compiler.lowering.cpp import compiler as cpp_compiler
-from mixllm_compiler.lowering.cpp import isa, launch, support
+from mixllm_compiler.lowering.cpp import isa, launch
 from mixllm_compiler.lowering.cuda import compiling
 from mixllm_compiler.lowering.select import LOWERINGS, select
 from mixllm_compiler.lowering.target import Target
@@ -105,7 +106,12 @@ def test_what_cpp_cannot_do_goes_to_the_reference_with_a_reason(layout, dtype, w
 @pytest.fixture
 def fresh_libraries(monkeypatch):
     """As in a new process, with an empty build cache."""
-    caches = (cpp_compiler.find, launch.linear_library, launch.quantizer_library, support._announce)
+    caches = (
+        cpp_compiler.find,
+        launch.linear_library,
+        launch.quantizer_library,
+        selection._announce,
+    )
 
     def clear():
         for cache in caches:
@@ -125,7 +131,7 @@ def test_without_a_compiler_cpus_get_the_reference_and_hear_of_it_once(
         choice = select(LAYOUT, "token", BF16, CPU)
         assert choice.lowering == "reference"
         assert "no C++ compiler: install g++ or clang++" in choice.reasons[-1]
-    assert caplog.text.count("linears run in plain torch, slowly: no C++ compiler") == 1
+    assert caplog.text.count("linears run in plain torch, slowly: cpp: no C++ compiler") == 1
 
 
 def test_where_building_is_forbidden_cpus_get_the_reference(fresh_libraries, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mixllm_compiler
 from mixllm_compiler import backend
-from mixllm_compiler.allocation.plan import Plan
+from mixllm_compiler.allocation.plan import Plan, SitePlan
 from mixllm_compiler.formats.layout import Layout
 from mixllm_compiler.ir import ops
 from mixllm_compiler.ir.annotations import quantized_experts_of, quantized_of
@@ -20,7 +20,7 @@ from mixllm_compiler.ir.graph import MixGraph
 from mixllm_compiler.lowering.cpp.native import NATIVE_LINEAR
 from mixllm_compiler.lowering.lowered import LOWERED_LINEAR
 from mixllm_compiler.quantizers.rtn import quantize_rtn
-from mixllm_compiler.transforms.hadamard import hadamard_matrix
+from mixllm_compiler.transforms.hadamard import block_for, block_hadamard, hadamard_matrix
 from tests.helpers import causal_lm, quantized_input
 
 ARCHITECTURES = {
@@ -125,45 +125,45 @@ def kl(p: Tensor, q: Tensor) -> float:
 class OracleLinear(nn.Module):
     """y = x̂ Ŵᵀ + b in float64: Ŵ from the quantizer, x̂ from the formula, no packed blob."""
 
-    def __init__(self, module: Any, n: int, widths: Tensor, mode: str, block: int = 0) -> None:
+    def __init__(self, module: Any, site: SitePlan, plan: Plan) -> None:
         super().__init__()
         weight = module.weight.detach()
         weight = weight if isinstance(module, nn.Linear) else weight.t()
-        assert weight.shape[0] == n
-        self.mode, self.block = mode, block
-        if block:
-            weight = (weight.double() @ turn(weight.shape[1], block)).float()
-        self.exact = quantize_rtn(weight, widths).dequantize(torch.float64)
+        assert weight.shape == (site.n, site.k)
+        self.mode, self.group = plan.activation_mode, site.group
+        self.block = block_for(site.k, plan.rotation)
+        if self.block:
+            weight = turned_weight(weight, self.block)
+        self.exact = rounded(weight, site)
         self.bias = None if module.bias is None else module.bias.detach().double()
 
     def forward(self, x: Tensor) -> Tensor:
         turned = x
         if self.block:
             turned = (x.double() @ turn(x.shape[-1], self.block)).to(x.dtype)
-        y = quantized_input(turned, self.mode) @ self.exact.t()
+        y = quantized_input(turned, self.mode, self.group) @ self.exact.t()
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class OracleExperts(nn.Module):
     """Experts of transformers in float64, each for the tokens that chose it, from Ŵ and x̂."""
 
-    def __init__(self, module: Any, widths: dict[str, list[Tensor]], mode: str, block: int) -> None:
+    def __init__(self, module: Any, sites: dict[str, list[SitePlan]], plan: Plan) -> None:
         super().__init__()
-        self.mode, self.block, self.act_fn = mode, block, module.act_fn
+        self.mode, self.rotation = plan.activation_mode, plan.rotation
+        self.group, self.act_fn = sites["down_proj"][0].group, module.act_fn
         self.exact: dict[str, list[Tensor]] = {}
-        for part, rows in widths.items():
+        for part, own in sites.items():
             stack = getattr(module, part).detach()
-            if block:
-                stack = (stack.double() @ turn(stack.shape[-1], block)).float()
-            self.exact[part] = [
-                quantize_rtn(w, own).dequantize(torch.float64)
-                for w, own in zip(stack, rows, strict=True)
-            ]
+            if block := block_for(stack.shape[-1], self.rotation):
+                stack = turned_weight(stack, block)
+            self.exact[part] = [rounded(w, site) for w, site in zip(stack, own, strict=True)]
 
     def product(self, x: Tensor, part: str, expert: int) -> Tensor:
-        if self.block:
-            x = (x.double() @ turn(x.shape[-1], self.block)).to(x.dtype)
-        return (quantized_input(x, self.mode) @ self.exact[part][expert].t()).to(x.dtype)
+        if block := block_for(x.shape[-1], self.rotation):
+            x = (x.double() @ turn(x.shape[-1], block)).to(x.dtype)
+        y = quantized_input(x, self.mode, self.group) @ self.exact[part][expert].t()
+        return y.to(x.dtype)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
@@ -173,6 +173,21 @@ class OracleExperts(nn.Module):
             out = self.product(self.act_fn(gate) * up, "down_proj", expert)
             y[token] += out * weights[token, place, None]  # a token goes to an expert once
         return y
+
+
+def rounded(w: Tensor, site: SitePlan) -> Tensor:
+    """Ŵ of a matrix that is rounded to nearest, float64."""
+    two_level = site.family == "two-level"
+    made = quantize_rtn(w, site.widths, site.group, family=site.family, clip=two_level)
+    return made.dequantize(torch.float64)
+
+
+def turned_weight(w: Tensor, block: int) -> Tensor:
+    """W T in fp32, in the package's order of sums: a row's integers can hang on its last bit."""
+    turned = block_hadamard(w.float(), block)
+    exact = w.double() @ turn(w.shape[-1], block)
+    assert (turned.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+    return turned
 
 
 def turn(k: int, block: int) -> Tensor:
@@ -189,21 +204,17 @@ def oracle_of(model: Any, plan: Plan) -> Any:
     for name in {name.rpartition(".")[0].rpartition(".")[0] for name in many}:
         parts = {
             part: [
-                plan.sites[f"{name}.{part}.{e}"].widths
+                plan.sites[f"{name}.{part}.{e}"]
                 for e in range(len(twin.get_parameter(f"{name}.{part}")))
             ]
             for part in ("gate_up_proj", "down_proj")
         }
         parent, _, leaf = name.rpartition(".")
         module = twin.get_submodule(name)
-        exact = OracleExperts(module, parts, plan.activation_mode, plan.rotation)
-        setattr(twin.get_submodule(parent), leaf, exact)
+        setattr(twin.get_submodule(parent), leaf, OracleExperts(module, parts, plan))
     for name in plan.sites.keys() - many.keys():
-        module, n, _ = homes[name]
         parent, _, leaf = name.rpartition(".")
-        exact = OracleLinear(
-            module, n, plan.sites[name].widths, plan.activation_mode, plan.rotation
-        )
+        exact = OracleLinear(homes[name][0], plan.sites[name], plan)
         setattr(twin.get_submodule(parent), leaf, exact)
     return twin
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mixllm_compiler
 from mixllm_compiler.allocation.plan import Plan
-from tests.helpers import EAGER, oracle, token_ids
+from tests.helpers import EAGER, token_ids
 from tests.models.support import ARCHITECTURES, build, kl, oracle_of, plan_of
 
 IDS = token_ids(2, 96)
@@ -27,17 +27,20 @@ class Case(NamedTuple):
     plan: Plan
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
+def make(
+    kind: str, dtype: torch.dtype = torch.float32, preset: str = "best", **options: Any
+) -> Case:
     exact, model = build(kind, dtype=dtype), build(kind, dtype=dtype)
-    plan = plan_of(exact, IDS)
+    plan = plan_of(exact, IDS, preset=preset)
     assert len(plan.rows_per_width()) > 1  # a mix
     compiled = mixllm_compiler.compile(model, plan=plan, **{**EAGER, **options})
     return Case(exact, oracle_of(exact, plan), compiled, plan)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, "llama paper", "gpt2 paper"])
 def case(request):
-    return make(request.param)
+    kind, _, preset = request.param.partition(" ")
+    return make(kind, preset=preset or "best")
 
 
 @torch.no_grad()
@@ -111,7 +114,7 @@ def test_logits_of_half_precision_models_are_those_of_the_oracle(kind, dtype):
 
 def test_logits_under_a_paper_plan_with_pins_and_exclusions_are_those_of_the_oracle():
     exact, model = build("llama"), build("llama")
-    scores = mixllm_compiler.score(exact, IDS, kind="weight-error")
+    scores = mixllm_compiler.score(exact, IDS, kind="weight-error", preset="paper")
     plan = mixllm_compiler.plan(
         scores, preset="paper", pins={"*.down_proj": 8}, exclude=("*.1.self_attn.*",)
     )
@@ -119,15 +122,16 @@ def test_logits_under_a_paper_plan_with_pins_and_exclusions_are_those_of_the_ora
     assert kl_ratio(Case(exact, oracle_of(exact, plan), compiled, plan)) < 0.01
 
 
+@pytest.mark.parametrize(
+    "recipe", [{"family": "asym"}, {"rotate": 0}, {"rotate": 32, "group": 64}], ids=str
+)
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_logits_with_rotated_inputs_and_a_scale_per_token_are_those_of_the_oracle(kind):
+def test_logits_of_mixed_recipes_are_those_of_the_oracle(kind, recipe):
     exact, model = build(kind), build(kind)
-    plan = plan_of(exact, IDS, rotate=128)
-    assert plan.activation_mode == "token"
+    plan = plan_of(exact, IDS, bits=4.8, **recipe)
+    assert plan.activation_mode == ("group" if recipe.get("rotate") == 0 else "token")
     compiled = mixllm_compiler.compile(model, plan=plan, **EAGER)
-    widths = {name: site.widths for name, site in plan.sites.items()}
-    rotated = oracle(exact, widths, plan.activation_mode, plan.rotation)
-    assert kl_ratio(Case(exact, rotated, compiled, plan)) < 0.01
+    assert kl_ratio(Case(exact, oracle_of(exact, plan), compiled, plan)) < 0.01
 
 
 @pytest.mark.slow

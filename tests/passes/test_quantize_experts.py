@@ -27,7 +27,7 @@ from mixllm_compiler.passes.quantize_model import (
 )
 from mixllm_compiler.quantizers.encode import encode
 from mixllm_compiler.runtime import records
-from tests.helpers import EAGER, HIDDEN, token_ids
+from tests.helpers import EAGER, HIDDEN, PLAIN, token_ids
 from tests.models.support import build, experts, handed_over, kl, mixed_ops, plan_of
 
 IDS = token_ids(8, 64)
@@ -35,7 +35,7 @@ QUICK = Recipe(sweeps=0)
 
 
 def plan_for(model: Any, **options: Any) -> Plan:
-    return plan_of(model, IDS, bits=4.2, **{"widths": (3, 4, 8), **options})
+    return plan_of(model, IDS, bits=4.2, **{"widths": (3, 4, 8), **PLAIN, **options})
 
 
 def same(a: QuantizedWeight, b: QuantizedWeight) -> bool:
@@ -67,7 +67,9 @@ def test_a_compiled_model_runs_the_calibrated_experts(kind, rotate, dtype):
 
 
 def run_of(model: Any, plan: Plan, recipe: Recipe, batch: int = 4) -> QuantizingRun:
-    captured = capture_model(model, IDS.split(batch), Options(plan=plan, quiet=True))
+    captured = capture_model(
+        model, IDS.split(batch), Options(plan=plan, rotate=plan.rotation, quiet=True)
+    )
     wanted = {n: Wanted(s.widths, s.group, s.family) for n, s in plan.sites.items()}
     return QuantizingRun(captured, wanted, plan.activation_mode, recipe)
 

@@ -341,7 +341,9 @@ def test_a_search_of_rows_that_it_does_not_make():
     with pytest.raises(OptionError, match=words):
         quantized("llama", plan_for("llama", family="asym"), method="search")
     with pytest.raises(OptionError, match=words):  # before anything is scored
-        mixllm_compiler.compile(build("llama"), data="no text", quantizer="search", **EAGER)
+        mixllm_compiler.compile(
+            build("llama"), data="no text", quantizer="search", family="asym", **EAGER
+        )
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5])

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from mixllm_compiler.formats.row_format import RowFormat
 from mixllm_compiler.quantizers.rtn import quantize_rows
+from tests.helpers import PLAIN
 
 FORMATS = (RowFormat(4), RowFormat(8))
+OPTIONS = {"widths": (4, 8), **PLAIN}
+"""Under which a model is scored in these formats."""
 
 SummedLoss = Callable[[Any, int], Tensor]
 """(the model in float64, number of the sequence) → summed loss of its tokens."""

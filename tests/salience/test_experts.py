@@ -15,12 +15,11 @@ from mixllm_compiler.salience.scores import Scores
 from mixllm_compiler.transforms.hadamard import block_hadamard
 from tests.helpers import HIDDEN, token_ids
 from tests.models.support import MIXTURES, build, experts, turn
-from tests.salience.brute_force import FORMATS, assert_scores, next_token, scores
+from tests.salience.brute_force import FORMATS, OPTIONS, assert_scores, next_token, scores
 from tests.salience.test_score_graph import profiled
 
 IDS = token_ids(4, 140)
 TOKENS = IDS.shape[1] - 1
-WIDTHS = {"widths": (4, 8)}
 
 
 def changes_of(model: Any) -> dict[str, Tensor]:
@@ -55,7 +54,7 @@ def case(request):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_experts_are_scored_like_brute_force(case, kind, batch):
     model, changes = case
-    found = mixllm_compiler.score(model, IDS, kind=kind, labels="text", batch=batch, **WIDTHS)
+    found = mixllm_compiler.score(model, IDS, kind=kind, labels="text", batch=batch, **OPTIONS)
     assert_scores(of_experts(found.loss), scores(changes, kind, TOKENS))
 
 
@@ -99,7 +98,9 @@ def routed_rows(model: Any, name: str) -> tuple[Tensor, Tensor]:
 def test_kfac_takes_routed_rows_and_counts_all_tokens(kind, rotate):
     model = build(kind)
     name = "model.layers.1.mlp.experts.gate_up_proj.2"
-    found = mixllm_compiler.score(model, IDS, kind="kfac", labels="text", rotate=rotate, **WIDTHS)
+    found = mixllm_compiler.score(
+        model, IDS, kind="kfac", labels="text", **{**OPTIONS, "rotate": rotate}
+    )
     x, dy = routed_rows(model, name)
     assert 0 < len(x) < 2 * IDS.numel()
     reached = dy.abs().amax(1) > 0  # the last position of a sequence has no loss
@@ -120,11 +121,11 @@ def test_kfac_takes_routed_rows_and_counts_all_tokens(kind, rotate):
 def test_segments_change_no_score(kind, tmp_path):
     """With a checkpoint the graph is cut between all blocks."""
     model = build("mixtral")
-    whole = mixllm_compiler.score(model, IDS, kind=kind, **WIDTHS)
+    whole = mixllm_compiler.score(model, IDS, kind=kind, **OPTIONS)
     if kind == "hessian":
-        again = mixllm_compiler.score(model, IDS, kind=kind, batch=2, **WIDTHS)
+        again = mixllm_compiler.score(model, IDS, kind=kind, batch=2, **OPTIONS)
     else:
-        again = mixllm_compiler.score(model, IDS, kind=kind, resume=tmp_path / "part", **WIDTHS)
+        again = mixllm_compiler.score(model, IDS, kind=kind, resume=tmp_path / "part", **OPTIONS)
     assert_scores(again.loss, whole.loss, 1e-4)
 
 
@@ -144,7 +145,7 @@ def never_routed(model: Any) -> list[str]:
 def test_experts_without_tokens_are_listed(kind, tmp_path):
     model = build("mixtral", num_local_experts=6)
     dead = never_routed(model)
-    found = mixllm_compiler.score(model, IDS, kind=kind, **WIDTHS)
+    found = mixllm_compiler.score(model, IDS, kind=kind, **OPTIONS)
     assert found.unreached == {name: found.shapes[name][0] for name in dead}
     assert all(not found.loss[name].any() for name in dead)
     assert dead[0] in found.summary()

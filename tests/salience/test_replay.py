@@ -206,7 +206,7 @@ def test_drawn_labels_have_the_models_distribution():
 def test_the_head_is_scored_by_its_exact_softmax_fisher():
     """E over labels of δ_n² is p_n (1 − p_n), without drawing any."""
     model = build("untied")
-    found = capture_model(model, IDS.split(2), Options(lm_head=True))
+    found = capture_model(model, IDS.split(2), Options(lm_head=True, rotate=0))
     spec = ScoreSpec("kfac", FORMATS, budget=1)
     scores = score_graph(found.graph, [found.inputs(i) for i in (0, 1)], spec)
     twin = copy.deepcopy(model).double()
@@ -225,7 +225,7 @@ def test_the_head_is_scored_by_its_exact_softmax_fisher():
 @pytest.mark.parametrize("kind", ["kfac", "fisher-sequence"])
 def test_logits_made_in_pieces_give_the_scores_of_whole_ones(kind, monkeypatch):
     model = build("untied")
-    found = capture_model(model, IDS.split(2), Options(lm_head=True))
+    found = capture_model(model, IDS.split(2), Options(lm_head=True, rotate=0))
     inputs = [found.inputs(i) for i in (0, 1)]
     spec = ScoreSpec(kind, FORMATS, labels="text")
     monkeypatch.setattr(supervision, "_CHUNK", 5 * VOCABULARY)

@@ -10,14 +10,22 @@ from torch import Tensor, nn
 
 import mixllm_compiler
 from mixllm_compiler.errors import UnsupportedModel
+from mixllm_compiler.formats.row_format import WIDTHS
 from mixllm_compiler.ir.graph import MixGraph
+from mixllm_compiler.options import Options
 from mixllm_compiler.passes.pipeline import default_pipeline
 from mixllm_compiler.runtime import records
 from mixllm_compiler.salience.supervision import draw, generator_of
-from mixllm_compiler.transforms.hadamard import block_hadamard, hadamard_matrix
+from mixllm_compiler.transforms.hadamard import block_for, block_hadamard, hadamard_matrix
 from tests.helpers import EAGER, token_ids
 from tests.models.support import build, handed_over, linear_modules
-from tests.salience.brute_force import assert_scores, first_order_changes, next_token, scores
+from tests.salience.brute_force import (
+    OPTIONS,
+    assert_scores,
+    first_order_changes,
+    next_token,
+    scores,
+)
 
 IDS = token_ids(4, 140)  # 556 supervised tokens, enough for a gradient score
 TOKENS = IDS.shape[1] - 1
@@ -56,7 +64,7 @@ def profiled(model: Any, *args: Any, preset: str = "best", **kwargs: Any) -> dic
     """Scores of the first graph that `torch.compile` makes of this call."""
     # Plans are remembered by weight and options: another budget is scored anew.
     profiled.budget += 0.001
-    options = {"bits": profiled.budget, "preset": preset, **EAGER}
+    options = {"bits": profiled.budget, "preset": preset, **OPTIONS, **EAGER}
     with handed_over() as graphs:
         torch.compile(model, backend="mixllm", options=options)(*args, **kwargs)
     return losses(graphs[0])
@@ -80,7 +88,7 @@ def test_a_compiled_graph_is_scored_like_brute_force(case, kind, mode):
 
 
 def test_a_model_is_scored_like_brute_force(case):
-    found = mixllm_compiler.score(case.model, IDS, kind="fisher-sequence", labels="text")
+    found = mixllm_compiler.score(case.model, IDS, kind="fisher-sequence", labels="text", **OPTIONS)
     assert_scores(found.loss, case.expected("fisher-sequence"))
     assert (found.kind, found.settings["loss"]) == ("fisher-sequence", "next-token")
     assert (found.sequences, found.tokens) == (len(IDS), len(IDS) * TOKENS)
@@ -121,22 +129,29 @@ def test_padding_is_not_supervised_and_the_mask_reaches_the_model():
         assert_scores(profiled(model, IDS, attention_mask=mask, use_cache=False), expected)
 
 
-def test_rotated_scores_are_gradients_through_the_rotation():
+@pytest.mark.parametrize("given", [{}, {"rotate": 128, "family": "asym"}], ids=str)
+def test_rotated_scores_are_gradients_through_the_rotation(given):
     """Scores of W·T with inputs x·T, from the gradients of the rotated weights themselves."""
+    options = Options.parse(given)
     model = build("llama")
-    found = mixllm_compiler.score(model, IDS, kind="fisher-sequence", labels="text", rotate=128)
+    found = mixllm_compiler.score(
+        model, IDS, kind="fisher-sequence", labels="text", clip=False, **given
+    )
     twin = build("llama")
-    for module, _, _ in linear_modules(twin).values():
-        rotate(module)
-    changes = first_order_changes(twin, weights_of(twin), next_token(IDS), len(IDS))
+    for module, _, k in linear_modules(twin).values():
+        rotate(module, block_for(k, options.rotate))
+    changes = first_order_changes(
+        twin, weights_of(twin), next_token(IDS), len(IDS), options.formats
+    )
+    assert found.widths == WIDTHS
     assert_scores(found.loss, scores(changes, "fisher-sequence", TOKENS))
 
 
-def rotate(module: Any) -> None:
+def rotate(module: Any, block: int) -> None:
     """W ← W·T, and x ← x·T by a matrix product: the module's function stays equal."""
-    turn = torch.block_diag(*[hadamard_matrix(128)] * (module.in_features // 128))
+    turn = torch.block_diag(*[hadamard_matrix(block)] * (module.in_features // block))
     with torch.no_grad():  # the transform's own arithmetic: one other code would be 4 % of a score
-        module.weight.copy_(block_hadamard(module.weight, 128))
+        module.weight.copy_(block_hadamard(module.weight, block))
     module.register_forward_pre_hook(lambda _, args: (args[0] @ turn.to(args[0].dtype),))
 
 
@@ -172,7 +187,7 @@ def sampled(model: Any, ids: Tensor) -> dict[str, Tensor]:
     text = default_pipeline().spec()
     spec = text.replace("annotate-salience", "annotate-salience{kind=fisher-sequence}")
     with handed_over() as graphs, torch.no_grad(), records.collect() as found:
-        options = {"pipeline": spec, "bits": 4.6, **EAGER}
+        options = {"pipeline": spec, "bits": 4.6, **OPTIONS, **EAGER}
         compiled = torch.compile(model, backend="mixllm", options=options)
         compiled(ids, use_cache=False, logits_to_keep=1)
     assert found[0].score == "fisher-sequence"
@@ -249,7 +264,7 @@ def test_a_partly_quantized_model_is_refused_or_ranked_by_weight_error():
 def test_scores_of_a_bfloat16_model_are_those_of_its_values_in_float32():
     model = build("llama", dtype=torch.bfloat16)
     wide = build("llama", dtype=torch.bfloat16).float()
-    found, expected = (mixllm_compiler.score(m, IDS).loss for m in (model, wide))
+    found, expected = (mixllm_compiler.score(m, IDS, **OPTIONS).loss for m in (model, wide))
     for name in expected:
         low, wanted = found[name][:, 0].log(), expected[name][:, 0].log()
         assert torch.corrcoef(torch.stack((low, wanted)))[0, 1] > 0.9, name

@@ -15,6 +15,7 @@ from mixllm_compiler.runtime.weights import CACHE
 from tests.helpers import (
     HIDDEN,
     VOCABULARY,
+    W4,
     activations,
     assert_quantized,
     compiled,
@@ -193,7 +194,7 @@ def test_partial_pieces_are_packed_once_over_batch_sizes():
 def test_prefill_and_decode_are_no_pieces():
     """Two graphs of one model over the same weights, not two halves of it."""
     model = tiny_llama(1)
-    model.compile(backend="mixllm", options={"widths": (4,), "lower": "eager", "quiet": True})
+    model.compile(backend="mixllm", options=W4)
     ids = token_ids(1, 5)
     with records.collect() as graphs:
         model.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
@@ -206,7 +207,7 @@ def test_two_halves_of_one_model_called_by_hand_need_a_plan_or_partial():
     run = torch.compile(
         lambda x, second: model.second(x) if second else model.first(x),
         backend="mixllm",
-        options={"widths": (4,), "lower": "eager", "quiet": True},
+        options=W4,
     )
     error = refusal(lambda: run(run(X, False), True))
     assert isinstance(error, GraphBreakError)

@@ -12,7 +12,17 @@ from mixllm_compiler.allocation.plan import Plan
 from mixllm_compiler.options import Options
 from mixllm_compiler.runtime import records
 from mixllm_compiler.runtime.weights import CACHE
-from tests.helpers import EAGER, activations, assert_quantized, mlp, oracle, tiny_llama, token_ids
+from tests.helpers import (
+    EAGER,
+    PLAIN,
+    W4,
+    activations,
+    assert_quantized,
+    mlp,
+    oracle,
+    tiny_llama,
+    token_ids,
+)
 
 X = activations(3)
 
@@ -21,7 +31,7 @@ X = activations(3)
 def planned():
     """A small Llama and a mixed plan for it."""
     model = tiny_llama(1)
-    scores = mixllm_compiler.score(model, token_ids(2, 64), kind="weight-error")
+    scores = mixllm_compiler.score(model, token_ids(2, 64), kind="weight-error", **PLAIN)
     return model, mixllm_compiler.plan(scores, bits=5.5)
 
 
@@ -93,8 +103,8 @@ def test_the_options_given_are_not_changed(planned):
 
 def test_other_options_give_another_graph():
     model = mlp()
-    low = torch.compile(model, backend="mixllm", options={**EAGER, "widths": (4,)})
-    high = torch.compile(model, backend="mixllm", options={**EAGER, "widths": (8,), "bits": 9})
+    low = torch.compile(model, backend="mixllm", options={**W4, "widths": (4,)})
+    high = torch.compile(model, backend="mixllm", options={**W4, "widths": (8,), "bits": 9})
     with torch.no_grad(), records.collect() as graphs:
         assert_quantized(low(X), model(X), oracle(model, 4)(X))
         assert_quantized(high(X), model(X), oracle(model, 8)(X))

@@ -14,7 +14,6 @@ from mixllm_compiler.errors import UnsupportedModel
 from mixllm_compiler.passes.registry import register_pass, unregister_pass
 from mixllm_compiler.runtime import records
 from tests.helpers import (
-    EAGER,
     HIDDEN,
     VOCABULARY,
     W4,
@@ -94,7 +93,7 @@ def test_compiling_a_model_again_stacks_nothing():
     exact, expected = model(ids), oracle(model, 8)(ids)
     for bits in (4.5, 5, 8.5):
         widths = (4,) if bits == 4.5 else (8,) if bits == 8.5 else (4, 8)
-        mixllm_compiler.compile(model, bits=bits, data=token_ids(2, 16), **EAGER, widths=widths)
+        mixllm_compiler.compile(model, bits=bits, data=token_ids(2, 16), **{**W4, "widths": widths})
     with records.collect() as graphs:
         assert_quantized(model(ids), exact, expected)
     assert len(graphs) == 1
@@ -135,7 +134,7 @@ def test_an_op_without_a_fake_kernel_is_an_error(user_pass):
 
     model = mlp()
     name = user_pass(call_something_shapeless)
-    run = torch.compile(model, backend="mixllm", options={"widths": (4,), "quiet": True})
+    run = torch.compile(model, backend="mixllm", options={**W4, "lower": "inductor"})
     error = refusal(run, X)
     assert type(error) is RuntimeError
     assert "mixllm could not compile this graph" in str(error)

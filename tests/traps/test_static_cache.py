@@ -10,6 +10,7 @@ from mixllm_compiler.passes.registry import register_pass, unregister_pass
 from mixllm_compiler.runtime import records
 from tests.helpers import (
     HIDDEN,
+    W4,
     activations,
     assert_quantized,
     compiled,
@@ -90,14 +91,13 @@ def test_generation_survives_dead_code_elimination(implementation):
         "cache_implementation": implementation,
     }
     expected = oracle(model).generate(ids, **settings)
-    options = {"widths": (4,), "lower": "eager", "quiet": True}
 
     @register_pass(after="pack-weights")
     def eliminate(gm):
         gm.graph.eliminate_dead_code()
 
     try:
-        model.compile(backend="mixllm", options=options)
+        model.compile(backend="mixllm", options=W4)
         with records.collect() as graphs:
             tokens = model.generate(ids, **settings)
     finally:

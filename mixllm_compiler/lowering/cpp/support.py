@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 
 from ...errors import MixLLMError
@@ -16,7 +13,6 @@ from .lanes import LANES, LONGEST_UNIT
 
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_GROUP = 256  # sums of a group's activations fit 16 bits
-log = logging.getLogger("mixllm_compiler")
 
 
 def reason(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> str | None:
@@ -39,10 +35,7 @@ def reason(layout: Layout, mode: str, dtype: torch.dtype, target: Target) -> str
         return f"sums of K = {layout.k} may not fit 32 bits"
     if dtype not in OUTPUTS:
         return f"it writes bf16, fp16 and fp32, not {dtype}"
-    problem = _build_problem(Scheme(layout.family, "token" if layout.groups == 1 else mode))
-    if problem is not None:
-        _announce(problem)
-    return problem
+    return _build_problem(Scheme(layout.family, "token" if layout.groups == 1 else mode))
 
 
 def _build_problem(scheme: Scheme) -> str | None:
@@ -56,8 +49,3 @@ def _build_problem(scheme: Scheme) -> str | None:
     except MixLLMError as error:
         return str(error)
     return None
-
-
-@functools.cache
-def _announce(problem: str) -> None:
-    log.warning("mixllm: no C++ kernels, linears run in plain torch, slowly: %s", problem)
