@@ -94,20 +94,22 @@ static void multiply(const Shape& s, const Activations& in, const Tiling& tiling
   } else {
     from = s.panels * blocks * id / threads, to = s.panels * blocks * (id + 1) / threads;
   }
+  const Type type = (Type)s.out_type;
   alignas(64) float results[TOKENS * 64];
   Rows rows;
   for (long b = 0; b < blocks; b++) {
     const long last = std::min(tiling.count, (b + 1) * per_block);
     for (long p = (from - b + blocks - 1) / blocks; p * blocks + b < to; p++) {
       const Panel& panel = panels[p];
-      gather(panel, blob, (Type)s.bias_type, bias, rows);
+      gather(panel, blob, rows);
       for (long i = b * per_block; i < last; i++) {
         const long m = tiling.first(i);
         const int T = tiling.tokens(i);
         const Tile tile = in.tile(m, x_scales, T == 1 ? x + m * in.padded : nullptr);
-        expect(panel, T, (Type)s.out_type, out, m0 + m, s.n);
+        const Output to = {type, (Type)s.bias_type, bias, (uint8_t*)out + (m0 + m) * s.n * (type == FLOAT32 ? 4 : 2), s.n};
+        expect(panel, T, to);
         run(panel.bits, T, blob + panel.start, tile, s.groups, s.group / 4, results);
-        finish(panel, rows, s.bias_type != NONE, results, T, x_scales + m, (Type)s.out_type, out, m0 + m, s.n);
+        finish(panel, rows, results, T, x_scales + m, to);
       }
     }
   }
