@@ -19,6 +19,7 @@ import torch
 
 import mixllm_compiler.runtime  # noqa: F401  installs the build cache
 from mixllm_compiler.lowering.cpp import compiler, isa
+from mixllm_compiler.lowering.cpp.layout import on_huge_pages
 
 QUIET = 0.97
 WINDOWS = 5
@@ -105,7 +106,9 @@ class Peaks:
         self._lib.peak.argtypes = [ctypes.c_int, ctypes.c_long]
         self._lib.bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int]
         self.best = max(self._peak() for _ in range(100))
-        self._memory = torch.ones(256 << 20, dtype=torch.uint8)
+        self._memory = torch.empty(256 << 20, dtype=torch.uint8)
+        on_huge_pages(self._memory)  # as packed weights are
+        self._memory.fill_(1)
 
     def _peak(self) -> float:
         return self._lib.peak(self.threads, _LOOP)
