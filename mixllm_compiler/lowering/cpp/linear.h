@@ -102,8 +102,8 @@ static void multiply(const Shape& s, const Activations& in, const Tiling& tiling
   const Panel* panels = (const Panel*)(blob + s.panels * 256);
   const long blocks = blocks_of(tiling);
   const Type type = (Type)s.out_type;
-  alignas(64) float results[TOKENS * 64];
-  Rows rows;
+  alignas(64) float results[TOKENS * 64 + 16] = {};
+  Rows rows = {};
   for (long from, to; queue.take(from, to);)
     for (long next = from; next < to; next++) {
       const long b = next / s.panels, p = next % s.panels;

@@ -14,7 +14,7 @@ static_assert(sizeof(Panel) == 384, "layout.py writes 384 bytes");
 // What the rows of a panel have in common over all tokens.
 struct Rows {
   const int32_t* order;  // output column of each row, -1 for padding
-  float scales[64];      // two-level: S
+  float scales[64 + 16]; // two-level: S; lines may read past the last row
 };
 
 static void gather(const Panel& panel, const uint8_t* blob, Rows& rows) {
@@ -29,8 +29,6 @@ static void announce(const Panel& panel, const uint8_t* blob) {
   for (int i = 0; i < AHEAD / 64; i++) __builtin_prefetch(blob + panel.start + 64 * i, 0, 2);
   for (int i = 0; i < 6; i++) __builtin_prefetch((const uint8_t*)(&panel + 1) + 64 * i);
 }
-
-constexpr long WIDE = 64 + 16;  // floats from token to token: lines may read past the last row
 
 // For two-level rows the order of these operations is part of their definition.
 static void scale(const float* out, const Rows& rows, float x_scale, float* y) {
@@ -69,16 +67,25 @@ INLINE __m512 bias_line(const Output& to, long at, __mmask16 mask) {
   if (to.bias_type == FLOAT16) return _mm512_cvtph_ps(v);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
-// Whole lines of the output: each one permute of 32 neighbouring rows and one masked store.
-template <Type TYPE> static void write_lines(const Panel& panel, const float* y, int tokens, const Output& to) {
+INLINE __m512 permuted(const void* p, __m512i place) {
+  return _mm512_permutex2var_ps(_mm512_loadu_ps(p), place, _mm512_loadu_ps((const float*)p + 16));
+}
+// Whole lines of the output: each one permute of 32 neighbouring rows and one masked store. What a
+// permute takes from behind the last row is masked.
+template <Type TYPE>
+static void write_lines(const Panel& panel, const Rows& rows, const float* results, int tokens, const float* x_scales,
+                        const Output& to) {
   for (int i = 0; i < panel.lines; i++) {
-    const long at = panel.column + 16 * i;
+    const long at = panel.column + 16 * i, first = panel.source[i] * 16;
     const __mmask16 mask = panel.mask[i];
     const __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)panel.place[i]));
     const __m512 bias = to.bias_type == NONE ? _mm512_setzero_ps() : bias_line(to, at, mask);
-    const float* rows = y + panel.source[i] * 16;
-    for (long t = 0, cell = at; t < tokens; t++, rows += WIDE, cell += to.n) {
-      __m512 line = _mm512_permutex2var_ps(_mm512_loadu_ps(rows), place, _mm512_loadu_ps(rows + 16));
+    const __m512 scales = FAMILY == TWO_LEVEL ? permuted(rows.scales + first, place) : _mm512_setzero_ps();
+    for (long t = 0, cell = at; t < tokens; t++, cell += to.n) {
+      __m512 line = permuted(results + t * 64 + first, place);
+      if (INTEGER) line = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(line)), _mm512_mul_ps(scales, _mm512_set1_ps(x_scales[t])));
+      else if (FAMILY == TWO_LEVEL) line = _mm512_mul_ps(line, scales);
+      else if (!PER_GROUP) line = _mm512_mul_ps(line, _mm512_set1_ps(x_scales[t]));
       if (to.bias_type != NONE) line = _mm512_add_ps(line, bias);
       if (TYPE == FLOAT32) _mm512_mask_storeu_ps((float*)to.data + cell, mask, line);
       if (TYPE == BFLOAT16) _mm256_mask_storeu_epi16((uint16_t*)to.data + cell, mask, round_bfloat16(line));
@@ -89,14 +96,17 @@ template <Type TYPE> static void write_lines(const Panel& panel, const float* y,
 #endif
 
 template <Type TYPE>
-static void write(const Panel& panel, const Rows& rows, const float* y, int tokens, const Output& to) {
+static void write(const Panel& panel, const Rows& rows, const float* results, int tokens, const float* x_scales,
+                  const Output& to) {
 #ifdef __AVX512F__
-  if (panel.lines) return write_lines<TYPE>(panel, y, tokens, to);
+  if (panel.lines) return write_lines<TYPE>(panel, rows, results, tokens, x_scales, to);
 #endif
+  alignas(64) float y[TOKENS * 64];
+  for (int t = 0; t < tokens; t++) scale(results + t * 64, rows, PER_GROUP ? 1 : x_scales[t], y + t * 64);
   for (int r = 0; r < 64 && rows.order[r] >= 0; r++) {  // padding is at the end
     const float bias = to.bias_type == NONE ? 0 : load_as(to.bias_type, to.bias, rows.order[r]);
     for (long t = 0, cell = rows.order[r]; t < tokens; t++, cell += to.n) {
-      const float v = to.bias_type == NONE ? y[t * WIDE + r] : y[t * WIDE + r] + bias;
+      const float v = to.bias_type == NONE ? y[t * 64 + r] : y[t * 64 + r] + bias;
       if (TYPE == FLOAT32) ((float*)to.data)[cell] = v;
       if (TYPE == BFLOAT16) ((uint16_t*)to.data)[cell] = to_bfloat16(v);
       if (TYPE == FLOAT16) ((uint16_t*)to.data)[cell] = to_float16(v);
@@ -113,15 +123,10 @@ static void expect(const Panel& panel, int tokens, const Output& to) {
   }
 }
 
-// Results [tokens][64] of a panel to their places.
+// Results [tokens][64] of a panel, and 16 floats behind them, to their places.
 static void finish(const Panel& panel, const Rows& rows, const float* results, int tokens, const float* x_scales,
                    const Output& to) {
-  alignas(64) float y[TOKENS * WIDE];
-  for (int t = 0; t < tokens; t++) {
-    scale(results + t * 64, rows, PER_GROUP ? 1 : x_scales[t], y + t * WIDE);
-    memset(y + t * WIDE + 64, 0, 64);
-  }
-  if (to.type == FLOAT32) write<FLOAT32>(panel, rows, y, tokens, to);
-  if (to.type == BFLOAT16) write<BFLOAT16>(panel, rows, y, tokens, to);
-  if (to.type == FLOAT16) write<FLOAT16>(panel, rows, y, tokens, to);
+  if (to.type == FLOAT32) write<FLOAT32>(panel, rows, results, tokens, x_scales, to);
+  if (to.type == BFLOAT16) write<BFLOAT16>(panel, rows, results, tokens, x_scales, to);
+  if (to.type == FLOAT16) write<FLOAT16>(panel, rows, results, tokens, x_scales, to);
 }
