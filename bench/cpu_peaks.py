@@ -11,6 +11,7 @@ were ours. Calls take turns, so that slow minutes meet all of them.
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import time
@@ -120,10 +121,11 @@ class Peaks:
     def _peak(self) -> float:
         return self._lib.peak(self.threads, _LOOP)
 
-    def bandwidth(self) -> float:
-        """Bytes a second that all threads read from memory, once through 256 MB."""
-        size = self._memory.numel()
-        return self._lib.bandwidth(self._memory.data_ptr(), size, self.threads)
+    def reading(self, size: int) -> Callable[[], object]:
+        """A call in which all threads together read so many bytes from memory, others each time."""
+        places = itertools.cycle(range(0, self._memory.numel() - size + 1, size))
+        start = self._memory.data_ptr()
+        return lambda: self._lib.bandwidth(start + next(places), size, self.threads)
 
     def measure(
         self, calls: Mapping[str, Callable[[], object]], limit: float = 20.0
