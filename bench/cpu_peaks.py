@@ -149,7 +149,8 @@ class Peaks:
         until = time.perf_counter() + limit
         while min(map(len, quiet.values())) < WINDOWS and time.perf_counter() < until:
             for name, call in calls.items():
-                call()  # what the last one left in the cache is not this one's
+                for _ in range(turns[name]):
+                    call()  # what the others left in the caches is not this one's
                 taken = _times_taken_away()
                 before = self._peak()
                 begin = self._clock()
