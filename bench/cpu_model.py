@@ -3,8 +3,9 @@
     python bench/cpu_model.py                          a random Llama of 8 layers, 1,024 wide
     python bench/cpu_model.py --model path/to/model    another one, as its name in the results
 
-Prefill of 512 tokens and decode of one, static cache of 1,024, all variants in turn and only
-where the cores are ours (see `cpu_peaks`). Rows are two-level at 4.4 bits, inputs rotated, a scale
+Prefill of 512 tokens and decode of one, static cache of 1,024, logits of the last token only, as
+`generate` asks for them; all variants in turn and only where the cores are ours (see `cpu_peaks`).
+Rows are two-level at 4.4 bits, inputs rotated, a scale
 a token; the output head is float in one variant and of 8 bits or less in the other. Widths come
 from weight error, which decides accuracy and not speed.
 """
@@ -73,7 +74,8 @@ class Steps:
         return self._call(self.next, torch.tensor([self.at]))
 
     def _call(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.run(ids, past_key_values=self.cache, cache_position=positions).logits
+        more = {"cache_position": positions, "logits_to_keep": 1}
+        return self.run(ids, past_key_values=self.cache, **more).logits
 
 
 def variants(name: str | None, dtype: torch.dtype) -> dict[str, tuple[Steps, float]]:

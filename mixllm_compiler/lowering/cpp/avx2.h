@@ -40,11 +40,16 @@ INLINE void dot_halves(Ints& acc, Ints a, Ints b) { asm("%{vex%} vpdpwssd %2, %1
 INLINE void dot_halves(Ints& acc, Ints a, Ints b) { acc = add(acc, _mm256_madd_epi16(a, b)); }
 // Sums of two products, in halves: they saturate, so `codes` stays below 128 (see `dot_signed`).
 INLINE Ints products(Ints codes, Ints x) { return _mm256_maddubs_epi16(codes, x); }
-INLINE Ints add_halves(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
-INLINE void flush(Ints& acc, Ints halves) { acc = add(acc, _mm256_madd_epi16(halves, _mm256_set1_epi16(1))); }
+// Assembly, or gcc adds many products in another order, and spills them until then.
+INLINE void add_products(Ints& halves, Ints codes, Ints x) {
+  Ints both;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(halves), "=&x"(both) : "x"(codes), "x"(x));
+}
+INLINE Ints pairs(Ints halves) { return _mm256_madd_epi16(halves, _mm256_set1_epi16(1)); }
 // codes of 8 bits, value + 128: |value| <= 127 times x with its sign
 INLINE void dot_signed(Ints& acc, Ints codes, Ints x) {
   const Ints value = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
-  flush(acc, products(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value)));
+  Ints both = products(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
+  asm("vpmaddwd %2, %1, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "+x"(both) : "x"(_mm256_set1_epi16(1)));
 }
 #endif

@@ -72,21 +72,9 @@ def _constants(scheme: Scheme, isa: Isa) -> str:
 
 
 def _vector_kernels(scheme: Scheme, isa: Isa) -> list[str]:
-    """Kernels of every width and number of tokens, and how many of them make up a panel."""
-    parts = []
-    panel = 64 // isa.rows
-    for bits in LANES:
-        for tokens in range(1, isa.tokens + 1):
-            count = panel if tokens == 1 else isa.vectors
-            firsts = range(0, panel, count)
-            kernels = [Kernel(isa, scheme, bits, tokens, first, count) for first in firsts]
-            parts += [kernel.source() for kernel in kernels]
-            calls = " ".join(f"{k.name}(w, tile, groups, steps, out);" for k in kernels)
-            parts += [
-                f"static void w{bits}_t{tokens}(const uint8_t* w, const Tile& tile, long groups,"
-                f" long steps, float* out) {{ {calls} }}"
-            ]
-    return parts
+    """Kernels of every width and number of tokens."""
+    tokens = range(1, isa.tokens + 1)
+    return [Kernel(isa, scheme, bits, t).source() for bits in LANES for t in tokens]
 
 
 def _units() -> list[str]:

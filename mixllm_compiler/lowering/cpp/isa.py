@@ -29,7 +29,6 @@ class Isa:
         rows: 32-bit lanes of a vector, 0 for plain C++.
         registers: vector registers.
         tokens: most tokens of one kernel.
-        vectors: vectors of rows that one kernel takes together, if it has more than one token.
         vnni: whether four products of bytes are added in one instruction.
         looks_up: whether a lane can be looked up among 16.
     """
@@ -40,7 +39,6 @@ class Isa:
     rows: int = 0
     registers: int = 0
     tokens: int = 4
-    vectors: int = 0
     vnni: bool = False
     looks_up: bool = False
 
@@ -60,7 +58,6 @@ ISAS = {
             rows=16,
             registers=32,
             tokens=6,
-            vectors=4,
             vnni=True,
             looks_up=True,
         ),
@@ -71,10 +68,9 @@ ISAS = {
             rows=8,
             registers=16,
             tokens=6,
-            vectors=2,
             vnni=True,
         ),
-        Isa("avx2", _AVX2, _AVX2_NEEDS, rows=8, registers=16, tokens=4, vectors=2),
+        Isa("avx2", _AVX2, _AVX2_NEEDS, rows=8, registers=16, tokens=5),
         Isa("plain"),
     )
 }

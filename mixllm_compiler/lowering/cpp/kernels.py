@@ -38,26 +38,38 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: `tokens` times vectors `first` … `first + count − 1` of a panel's rows."""
+    """One kernel: `tokens` times a panel's rows, in passes of `vectors` of them at a time.
+
+    Every group of K is read once from wherever it lies, and by later passes from the first cache.
+    """
 
     isa: Isa
     scheme: Scheme
     bits: int
     tokens: int
-    first: int
-    count: int
 
     @property
     def name(self) -> str:
-        return f"w{self.bits}_t{self.tokens}_r{self.first}"
+        return f"w{self.bits}_t{self.tokens}"
 
     @property
-    def _vectors(self) -> range:
-        return range(self.first, self.first + self.count)
+    def vectors(self) -> int:
+        """Vectors of rows of a pass: all that registers hold accumulators for."""
+        count = 64 // self.isa.rows
+        while count > 1 and not self._fits(count):
+            count //= 2
+        return count
+
+    def _fits(self, count: int) -> bool:
+        codes = count if self.tokens > 1 else 1
+        return self.tokens * count + codes + (2 if self.isa.vnni else 3) <= self.isa.registers
 
     @property
-    def _cells(self) -> list[tuple[int, int]]:
-        return [(t, r) for t in range(self.tokens) for r in self._vectors]
+    def _passes(self) -> list[range]:
+        return [range(r, r + self.vectors) for r in range(0, 64 // self.isa.rows, self.vectors)]
+
+    def _cells(self, rows: range) -> list[tuple[int, int]]:
+        return [(t, r) for t in range(self.tokens) for r in rows]
 
     @property
     def _flat(self) -> bool:
@@ -67,13 +79,20 @@ class Kernel:
     @property
     def _sets(self) -> str:
         """Names of accumulators: a second set where few of them would wait for each other."""
-        return "ab" if self.isa.vnni and len(self._cells) < 8 else "a"
+        return "ab" if self.isa.vnni and self.tokens * self.vectors < 8 else "a"
+
+    @property
+    def _kept(self) -> bool:
+        """Without VNNI, whether sums of a group stay in registers beside those of a few steps."""
+        used = 2 * self.tokens * self.vectors + self.vectors + 3
+        return self.isa.vnni or self._signed or used <= self.isa.registers
 
     @property
     def _live(self) -> bool:
         """Whether the results of the groups so far stay in registers too."""
-        used = len(self._cells) * (1 + len(self._sets)) + self.count + 4
-        return used <= self.isa.registers
+        used = self.tokens * self.vectors * (1 + len(self._sets)) + self.vectors + 4
+        one = len(self._passes) == 1
+        return one and self._kept and (self._flat or used <= self.isa.registers)
 
     @property
     def _signed(self) -> bool:
@@ -90,27 +109,34 @@ class Kernel:
             " float* out) {",
             "  const int8_t* x = tile.codes;",
         ]
+        if not self._kept:
+            lines += [f"  alignas(64) int32_t sums[{self.tokens * 64}];"]
         lines += self._start()
-        chunk = LANES[self.bits].steps * self._unroll
-        if self._flat:
-            lines += [f"  for (long i = 0; i < groups * steps / {chunk}; i++) {{"]
-            lines += [*self._chunk(), "  }"]
-            lines += [f"  store({self._at(t, r)}, {self._total(t, r)});" for t, r in self._cells]
-            return "\n".join([*lines, "}"])
         lines += ["  for (long g = 0; g < groups; g++) {", "    const uint8_t* meta = w;"]
         lines += [f"    w += {self._meta_bytes};"] if self._meta_bytes else []
-        lines += self._start_group()
-        lines += [f"    for (long i = 0; i < steps / {chunk}; i++) {{"]
-        lines += [*self._chunk(), "    }"]
-        lines += self._end_group()
-        if not self._live:
-            # Or gcc forwards `out` from one group to the next through stack slots.
-            lines += ["    FENCE;"]
+        if len(self._passes) > 1:
+            lines += ["    const uint8_t* const codes = w;", "    const int8_t* const group = x;"]
+        for rows in self._passes:
+            lines += ["    {", *(["    w = codes; x = group;"] if rows.start else [])]
+            lines += [*self._start_group(rows), *self._loop(rows), *self._end_group(rows), "    }"]
+            if not self._live:
+                # Or gcc forwards `out` from one group to the next through stack slots.
+                lines += ["    FENCE;"]
         lines += ["  }"]
         if self._live:
             put = "store" if self.scheme.integer else "store_floats"
-            lines += [f"  {put}({self._at(t, r)}, f{t}_{r});" for t, r in self._cells]
+            for t, r in self._cells(self._passes[0]):
+                lines += [f"  {put}({self._at(t, r)}, {self._result(t, r)});"]
         return "\n".join([*lines, "}"])
+
+    def _result(self, t: int, r: int) -> str:
+        return self._total(t, r) if self._flat else f"f{t}_{r}"
+
+    def _loop(self, rows: range) -> list[str]:
+        """Over the codes of a group."""
+        chunk = LANES[self.bits].steps * self._unroll
+        turns = f"    for (long i = 0; i < steps / {chunk}; i++) {{"
+        return [turns, *self._chunk(rows), *([] if self._kept else ["      FENCE;"]), "    }"]
 
     @property
     def _meta_bytes(self) -> int:
@@ -125,104 +151,135 @@ class Kernel:
 
     def _start(self) -> list[str]:
         """Accumulators of all of K, and where rows of a panel begin."""
-        rows, lines = self.isa.rows, []
+        every = range(64 // self.isa.rows)
         two_level = self.scheme.family == "two-level"
-        if two_level:
-            lines += ["  w += 256;"]
-        if self.scheme.integer:
-            names = "a" if self._flat else "f"
-            start = "zero()" if self._signed else "broadcast(tile.minus128 + {t})"
-            lines += [f"  Ints {names}{t}_{r} = {start.format(t=t)};" for t, r in self._cells]
-            if self.bits == 8:
-                more = self._sets[1:]
-                return [
-                    *lines,
-                    *(f"  Ints {more}{t}_{r} = zero();" for t, r in self._cells if more),
-                ]
-            lines += ["  for (long h = 0; h < (groups + 1) / 2; h++, w += 128) {"]
-            for r in self._vectors:
-                lines += [f"    const Ints c{r} = bytes_to_halves(w + {2 * rows * r});"]
-            for t in range(self.tokens):
-                halves = f"broadcast(tile.halves + h * {self.tokens} + {t})"
-                lines += [f"    {{ const Ints s = {halves};"]
-                lines += [f"      dot_halves(f{t}_{r}, c{r}, s);" for r in self._vectors]
-                lines += ["    }"]
-            lines += ["  }"]
-            if not self._live:
-                lines += [f"  store({self._at(t, r)}, f{t}_{r});" for t, r in self._cells]
+        lines = ["  w += 256;"] if two_level else []
+        if self.scheme.integer and self.bits == 8:
+            for t, r in self._cells(every):
+                start = "zero()" if self._signed else f"broadcast(tile.minus128 + {t})"
+                if self._live:
+                    lines += [f"  Ints {n}{t}_{r} = zero();" for n in self._sets[1:]]
+                    lines += [f"  Ints a{t}_{r} = {start};"]
+                else:
+                    lines += [f"  store({self._at(t, r)}, {start});"]
             return lines
+        if self.scheme.integer:
+            for rows in self._passes:
+                lines += self._offsets(rows)
+            return [*lines, "  w += (groups + 1) / 2 * 128;"]
         if two_level and self.bits != 8:
             lines += ["  const uint8_t* offsets = w;", "  w += (groups + 1) / 2 * 128;"]
-        if self._live:
-            lines += [f"  Floats f{t}_{r} = zero_floats();" for t, r in self._cells]
-        else:
-            lines += [f"  store_floats({self._at(t, r)}, zero_floats());" for t, r in self._cells]
+        for t, r in self._cells(every):
+            if self._live:
+                lines += [f"  Floats f{t}_{r} = zero_floats();"]
+            else:
+                lines += [f"  store_floats({self._at(t, r)}, zero_floats());"]
         return lines
 
-    def _start_group(self) -> list[str]:
-        """What the accumulators of a group start with."""
-        rows, lines = self.isa.rows, []
-        asym = self.scheme.family == "asym"
+    def _offsets(self, rows: range) -> list[str]:
+        """Of two-level rows, what their offsets c and the shift by 128 give: exact integers."""
+        cells, width = self._cells(rows), self.isa.rows
+        lines = [f"  Ints f{t}_{r} = broadcast(tile.minus128 + {t});" for t, r in cells]
+        lines += ["  for (long h = 0; h < (groups + 1) / 2; h++) {"]
+        for r in rows:
+            lines += [f"    const Ints c{r} = bytes_to_halves(w + h * 128 + {2 * width * r});"]
         for t in range(self.tokens):
+            halves = f"broadcast(tile.halves + h * {self.tokens} + {t})"
+            lines += [f"    {{ const Ints s = {halves};"]
+            lines += [f"      dot_halves(f{t}_{r}, c{r}, s);" for r in rows]
+            lines += ["    }"]
+        lines += ["  }"]
+        if self._live:
+            return lines
+        stores = [f"  store({self._at(t, r)}, f{t}_{r});" for t, r in cells]
+        return ["  {", *lines, *stores, "  }"]
+
+    def _start_group(self, rows: range) -> list[str]:
+        """What the accumulators of a group start with."""
+        width, lines = self.isa.rows, []
+        asym = self.scheme.family == "asym"
+        if self._flat:
+            if not self._live:
+                lines += [
+                    f"    Ints a{t}_{r} = load({self._at(t, r)});" for t, r in self._cells(rows)
+                ]
+                for n in self._sets[1:]:
+                    lines += [f"    Ints {n}{t}_{r} = zero();" for t, r in self._cells(rows)]
+            return lines
+        for t, r in self._cells(rows):
             index = f"g * {self.tokens} + {t}"
-            for r in self._vectors:
-                start = "zero()"
-                if self.bits == 8 and not self._signed:
-                    start = f"broadcast(tile.minus128 + {index})"
-                elif asym and self.bits <= 4 and self.isa.looks_up:
-                    z = f"bytes_to_ints(meta + {128 + r * rows})"
-                    start = f"look_up({z}, tile.table + ({index}) * 16)"
-                lines += [f"    Ints a{t}_{r} = {start};"]
-                if asym and self.bits < 8 and not (self.bits <= 4 and self.isa.looks_up):
-                    z = f"bytes_to_ints(meta + {128 + r * rows})"
-                    lines += [f"    dot_halves(a{t}_{r}, {z}, broadcast(tile.halves + {index}));"]
-                if "b" in self._sets:
-                    lines += [f"    Ints b{t}_{r} = zero();"]
+            start = "zero()"
+            if self.bits == 8 and not self._signed:
+                start = f"broadcast(tile.minus128 + {index})"
+            elif asym and self.bits <= 4 and self.isa.looks_up:
+                z = f"bytes_to_ints(meta + {128 + r * width})"
+                start = f"look_up({z}, tile.table + ({index}) * 16)"
+            part = [f"    Ints a{t}_{r} = {start};"]
+            if asym and self.bits < 8 and not (self.bits <= 4 and self.isa.looks_up):
+                z = f"bytes_to_ints(meta + {128 + r * width})"
+                part += [f"    dot_halves(a{t}_{r}, {z}, broadcast(tile.halves + {index}));"]
+            if not self._kept:
+                part = ["    {", *part, f"    store({self._sum(t, r)}, a{t}_{r});", "    }"]
+            lines += [*part, *(f"    Ints {n}{t}_{r} = zero();" for n in self._sets[1:])]
         return lines
 
-    def _chunk(self) -> list[str]:
+    def _sum(self, t: int, r: int) -> str:
+        return f"sums + {t * 64 + r * self.isa.rows}"
+
+    def _chunk(self, rows: range) -> list[str]:
         """The products of one turn of the loop over a group."""
         lanes = LANES[self.bits]
         lines: list[str] = []
-        if self.first == 0:  # the other vectors of a panel find it in the cache
+        if rows.start == 0:  # the other vectors of a panel find it in the cache
             lines += [f"      prefetch<{lanes.unit_bytes * self._unroll // 64}>(w);"]
+        if not self.isa.vnni and not self._signed:
+            lines += [f"      Ints d{t}_{r};" for t, r in self._cells(rows)]
         for unit in range(self._unroll):
             for j, fields in enumerate(lanes.fields):
-                step = unit * lanes.steps + j
-                lines += ["      {"]
-                for r in self._vectors:
-                    code = self._code(fields, unit, r)
-                    lines += [f"        const Ints q{r} = {code};"]
-                for t in range(self.tokens):
-                    place = STEP * (step * self.tokens + t)
-                    lines += [f"        {{ const Ints y = broadcast(x + {place});"]
-                    lines += [f"          {self._product(t, r, step)}" for r in self._vectors]
-                    lines += ["        }"]
-                # Or gcc keeps words for later steps, and spills accumulators for them.
-                lines += ["        FENCE;"] if self.tokens > 1 and self.isa.vnni else []
-                lines += ["      }"]
-                lines = self._with_flush(lines, step)
+                lines += ["      {", *self._step(rows, unit, j, fields), "      }"]
         codes, activations = lanes.unit_bytes * self._unroll, lanes.steps * self._unroll
         return [*lines, f"      w += {codes}; x += {STEP * self.tokens * activations};"]
+
+    def _step(self, rows: range, unit: int, j: int, fields: tuple[Field, ...]) -> list[str]:
+        """The products of 4 neighbouring k."""
+        step = unit * LANES[self.bits].steps + j
+        code = {r: f"const Ints q{r} = {self._code(fields, unit, r)};" for r in rows}
+        y = [
+            f"const Ints y = broadcast(x + {STEP * (step * self.tokens + t)});"
+            for t in range(self.tokens)
+        ]
+        lines = []
+        if self.tokens == 1 or self._signed:  # few registers: a code at a time
+            for r in rows:
+                lines += [f"        {{ {code[r]}"]
+                for t in range(self.tokens):
+                    lines += [f"          {{ {y[t]} {self._product(t, r, step)} }}"]
+                lines += ["        }"]
+        else:
+            lines += [f"        {code[r]}" for r in rows]
+            for t in range(self.tokens):
+                lines += [f"        {{ {y[t]}"]
+                lines += [f"          {self._product(t, r, step)}" for r in rows]
+                lines += ["        }"]
+        if self.isa.vnni or self._signed or step % FLUSH[self.bits] != FLUSH[self.bits] - 1:
+            return lines
+        # Sums of int16 go to the accumulators before they can overflow.
+        for t, r in self._cells(rows):
+            if self._kept:
+                lines += [f"        a{t}_{r} = add(a{t}_{r}, pairs(d{t}_{r}));"]
+            else:
+                place = self._sum(t, r)
+                lines += [f"        store({place}, add(load({place}), pairs(d{t}_{r})));"]
+        return lines
 
     def _product(self, t: int, r: int, step: int) -> str:
         if self.isa.vnni:
             return f"dot({self._sets[step % len(self._sets)]}{t}_{r}, q{r}, y);"
         if self._signed:
             return f"dot_signed(a{t}_{r}, q{r}, y);"
-        first = step % FLUSH[self.bits] == 0
-        new = f"products(q{r}, y)"
-        return f"d{t}_{r} = {new if first else f'add_halves(d{t}_{r}, {new})'};"
-
-    def _with_flush(self, lines: list[str], step: int) -> list[str]:
-        """Without VNNI: sums of int16 go to the accumulators before they can overflow."""
-        if self.isa.vnni or self._signed:
-            return lines
-        if step == 0:
-            lines = [*(f"      Ints d{t}_{r};" for t, r in self._cells), *lines]
-        if step % FLUSH[self.bits] == FLUSH[self.bits] - 1:
-            lines += [f"      flush(a{t}_{r}, d{t}_{r});" for t, r in self._cells]
-        return lines
+        if step % FLUSH[self.bits] == 0:
+            return f"d{t}_{r} = products(q{r}, y);"
+        return f"add_products(d{t}_{r}, q{r}, y);"
 
     def _code(self, fields: tuple[Field, ...], unit: int, r: int) -> str:
         """The codes of one step, one a byte."""
@@ -238,26 +295,31 @@ class Kernel:
             have |= field.mask
         return code if self.bits == 8 else f"keep<{have}>({code})"
 
-    def _end_group(self) -> list[str]:
+    def _end_group(self, rows: range) -> list[str]:
         """Add the products of a group to the results, with its metadata."""
-        rows, lines = self.isa.rows, []
+        width, lines = self.isa.rows, []
         asym, groups = self.scheme.family == "asym", self.scheme.mode == "group"
+        if self._flat:
+            cells = [] if self._live else self._cells(rows)
+            return [f"    store({self._at(t, r)}, {self._total(t, r)});" for t, r in cells]
         if groups and not asym and self.bits != 8:
             lines += ["    const uint8_t* pair = offsets + g / 2 * 128;"]
-        for r in self._vectors:
+        for r in rows:
             lines += ["    {"]
             if asym:
-                lines += [f"      const Floats s = half_floats(meta + {2 * rows * r});"]
+                lines += [f"      const Floats s = half_floats(meta + {2 * width * r});"]
             elif self.bits != 8:
-                lines += [f"      const Ints m = bytes_to_ints(meta + {rows * r});"]
+                lines += [f"      const Ints m = bytes_to_ints(meta + {width * r});"]
                 if groups:
-                    lines += [f"      const Ints c = bytes_to_halves(pair + {2 * rows * r});"]
+                    lines += [f"      const Ints c = bytes_to_halves(pair + {2 * width * r});"]
             for t in range(self.tokens):
                 lines += self._end_cell(t, r)
             lines += ["    }"]
         return lines
 
     def _total(self, t: int, r: int) -> str:
+        if not self._kept:
+            return f"load({self._sum(t, r)})"
         return f"add(a{t}_{r}, b{t}_{r})" if "b" in self._sets else f"a{t}_{r}"
 
     def _end_cell(self, t: int, r: int) -> list[str]:

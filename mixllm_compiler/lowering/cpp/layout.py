@@ -104,7 +104,7 @@ def pack_panels(weight: QuantizedWeight) -> Tensor:
     """u8 [bytes] on the weight's device."""
     layout = Layout.of(weight, NAME)
     blob = torch.empty(blob_bytes(layout), dtype=torch.uint8, device=weight.widths.device)
-    _on_huge_pages(blob)
+    on_huge_pages(blob)
     at = panel_count(layout) * (_ORDER_BYTES + ENTRY)
     orders, starts, widths = [], [], []
     for bits, n in layout.widths:
@@ -123,7 +123,7 @@ def pack_panels(weight: QuantizedWeight) -> Tensor:
     return blob
 
 
-def _on_huge_pages(blob: Tensor) -> None:
+def on_huge_pages(blob: Tensor) -> None:
     """Ask the system for large pages, before the first write: fewer of them are looked up."""
     first = -(-blob.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     size = (blob.data_ptr() + blob.numel() - first) // _HUGE_PAGE * _HUGE_PAGE

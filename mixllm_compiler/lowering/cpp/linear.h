@@ -72,45 +72,54 @@ struct Activations {
   }
 };
 
-// Where thread i of n begins in the panels, by what they cost: few tokens read bytes, many multiply.
-static long begin(const Panel* panels, long count, long m, int i, int n) {
-  if (i == n) return count;
-  if (m >= 8) return count * i / n;
-  long total = 0, sum = 0, p = 0;
-  for (long q = 0; q < count; q++) total += panels[q].bits;
-  for (; p < count && (sum + panels[p].bits / 2) * n < total * i; p++) sum += panels[p].bits;
-  return p;
+// Numbers 0 ... count - 1, shared out among threads: large pieces first, small ones at the end, so that
+// a core that is slow, or was taken away for a while, is waited for as little as can be.
+class Queue {
+ public:
+  Queue(long count, int threads) : count_(count), share_(4 * threads) {}
+  bool take(long& from, long& to) {
+    from = next_.load(std::memory_order_relaxed);
+    do {
+      if (from >= count_) return false;
+      to = from + std::max<long>(1, (count_ - from) / share_);
+    } while (!next_.compare_exchange_weak(from, to, std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  std::atomic<long> next_{0};
+  const long count_, share_;
+};
+
+// Tokens of a block pass a panel one after the other, panels of a block one after the other.
+static long blocks_of(const Tiling& tiling) {
+  const long tiles = std::max<long>(1, BLOCK / TOKENS);
+  return (tiling.count + tiles - 1) / tiles;
 }
 
-static void multiply(const Shape& s, const Activations& in, const Tiling& tiling, const int8_t* x,
+static void multiply(const Shape& s, const Activations& in, const Tiling& tiling, Queue& queue, const int8_t* x,
                      const float* x_scales, const uint8_t* blob, const void* bias, void* out, long m0) {
   const Panel* panels = (const Panel*)(blob + s.panels * 256);
-  const int id = omp_get_thread_num(), threads = omp_get_num_threads();
-  const long per_block = std::max<long>(1, BLOCK / TOKENS), blocks = (tiling.count + per_block - 1) / per_block;
-  // Of the (panel, block) pairs, panel by panel, each thread has a range; with one block, by cost.
-  long from, to;
-  if (blocks == 1) {
-    from = begin(panels, s.panels, tiling.m, id, threads), to = begin(panels, s.panels, tiling.m, id + 1, threads);
-  } else {
-    from = s.panels * blocks * id / threads, to = s.panels * blocks * (id + 1) / threads;
-  }
-  alignas(64) float results[TOKENS * 64];
-  Rows rows;
-  for (long b = 0; b < blocks; b++) {
-    const long last = std::min(tiling.count, (b + 1) * per_block);
-    for (long p = (from - b + blocks - 1) / blocks; p * blocks + b < to; p++) {
+  const long blocks = blocks_of(tiling);
+  const Type type = (Type)s.out_type;
+  alignas(64) float results[TOKENS * 64 + 16] = {};
+  Rows rows = {};
+  for (long from, to; queue.take(from, to);)
+    for (long next = from; next < to; next++) {
+      const long b = next / s.panels, p = next % s.panels;
       const Panel& panel = panels[p];
-      gather(panel, blob, (Type)s.bias_type, bias, rows);
-      for (long i = b * per_block; i < last; i++) {
+      if (p + 1 < s.panels) announce(panels[p + 1], blob);
+      gather(panel, blob, rows);
+      for (long i = tiling.count * b / blocks; i < tiling.count * (b + 1) / blocks; i++) {
         const long m = tiling.first(i);
         const int T = tiling.tokens(i);
         const Tile tile = in.tile(m, x_scales, T == 1 ? x + m * in.padded : nullptr);
-        expect(panel, T, (Type)s.out_type, out, m0 + m, s.n);
+        const Output y = {type, (Type)s.bias_type, bias, (uint8_t*)out + (m0 + m) * s.n * (type == FLOAT32 ? 4 : 2), s.n};
+        expect(panel, T, y);
         run(panel.bits, T, blob + panel.start, tile, s.groups, s.group / 4, results);
-        finish(panel, rows, s.bias_type != NONE, results, T, x_scales + m, (Type)s.out_type, out, m0 + m, s.n);
+        finish(panel, rows, results, T, x_scales + m, y);
       }
     }
-  }
 }
 
 static thread_local Buffer own, shared;
@@ -130,12 +139,13 @@ extern "C" __attribute__((visibility("default"))) void mixllm_linear(
     const float* x_scales = scales + m0 * n_scales;
     const int32_t* x_sums = sums + m0 * s.groups;
     const Tiling tiling(m);
+    Queue queue(blocks_of(tiling) * s.panels, threads);
     if (tiling.count == 1) {  // each thread prepares its own copy: cheaper than to wait for one
 #pragma omp parallel num_threads(threads)
       {
         Activations in(s, m, own);
         in.fill(0, (int)m, x, x_scales, x_sums);
-        multiply(s, in, tiling, x, x_scales, blob, bias, out, m0);
+        multiply(s, in, tiling, queue, x, x_scales, blob, bias, out, m0);
       }
       continue;
     }
@@ -144,7 +154,7 @@ extern "C" __attribute__((visibility("default"))) void mixllm_linear(
     {
 #pragma omp for schedule(static)
       for (long i = 0; i < tiling.count; i++) in.fill(tiling.first(i), tiling.tokens(i), x, x_scales, x_sums);
-      multiply(s, in, tiling, x, x_scales, blob, bias, out, m0);
+      multiply(s, in, tiling, queue, x, x_scales, blob, bias, out, m0);
     }
     shared.trim();
   }
