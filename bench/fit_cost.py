@@ -16,9 +16,9 @@ import numpy as np
 
 from mixllm_compiler.formats.layout import Layout
 from mixllm_compiler.lowering.cuda.cost import MICROSECONDS, Problem, terms
+from mixllm_compiler.lowering.cuda.tuning import row_counts
 from mixllm_compiler.lowering.cuda.variants import Variant
 from results_io import RESULTS, Bar, write_results
-from tune_gemm import row_counts
 
 MULTIPROCESSORS = 132
 STEPS = 20_000

@@ -1,52 +1,21 @@
 """How benches time GPU kernels: replays of CUDA graphs, medians taken in turn.
 
-Below about 100 µs a launch from Python takes longer than the kernel, so only a graph's replay
-measures the kernel. A graph calls over many copies of the weights, more than the cache holds.
+A graph calls over many copies of the weights, more than the cache holds.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-ROTATED_BYTES = 260e6
+from mixllm_compiler.lowering.cuda.timing import ROTATED_BYTES as ROTATED_BYTES
+from mixllm_compiler.lowering.cuda.timing import capture
+from mixllm_compiler.lowering.cuda.timing import copies as copies
+
 SAMPLES = 5
-
-
-def copies(tensor: Tensor, total: float = ROTATED_BYTES) -> list[Tensor]:
-    """The tensor and so many clones that together they are larger than `total` bytes."""
-    size = tensor.numel() * tensor.element_size()
-    return [tensor] + [tensor.clone() for _ in range(math.ceil(total / size))]
-
-
-def capture(
-    call: Callable[[Any], Any], over: Sequence[Any], seconds: float = 2e-3
-) -> Callable[[], float]:
-    """A function that measures one call in seconds, over a sample of about so many seconds."""
-    call(over[0])  # compiles outside of the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for item in over:
-            call(item)
-
-    def replay(times: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(times):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / times
-
-    replay(2)
-    times = max(1, round(seconds / replay(2)))
-    return lambda: replay(times) / len(over)
 
 
 def medians(*measures: Callable[[], float], samples: int = SAMPLES) -> list[float]:

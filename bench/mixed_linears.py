@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gpu_timing import copies
 from mixllm_compiler.formats.layout import Layout, pack
-from mixllm_compiler.formats.neutral import QuantizedWeight, RowCodes
-from mixllm_compiler.formats.row_format import RowFormat, groups_of
+from mixllm_compiler.formats.neutral import QuantizedWeight
+from mixllm_compiler.lowering.cuda.timing import random_weight
+from mixllm_compiler.lowering.cuda.tuning import scattered
 from mixllm_compiler.lowering.lowered import LOWERED_LINEAR, LOWERED_QUANTIZE
 
 GROUP = 128
@@ -33,33 +34,7 @@ def row_widths(name: str, in_order: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(MIX["seed"])
     if in_order:
         return tiles.repeat_interleave(tile).to(torch.uint8)
-    tiles = tiles[torch.randperm(len(tiles), generator=generator)]
-    parts = tiles.repeat_interleave(tile).split(window)
-    return torch.cat([p[torch.randperm(len(p), generator=generator)] for p in parts]).to(
-        torch.uint8
-    )
-
-
-def random_weight(widths: Tensor, k: int) -> QuantizedWeight:
-    """Uniform codes at steps and offsets that use the whole byte, on the GPU."""
-    widths, device = widths.cuda(), "cuda"
-    rows = []
-    for bits in sorted(set(widths.tolist())):
-        fmt = RowFormat(bits, GROUP, "two-level")
-        n, groups = int((widths == bits).sum()), groups_of(k, GROUP)
-        codes = torch.randint(fmt.qmin, fmt.qmax + 1, (n, k), device=device)
-        scales = torch.rand(n, device=device) * 1e-3 + 1e-4
-        if bits == 8:
-            rows.append(RowCodes(fmt, codes.to(torch.int8), scales))
-            continue
-        steps = (torch.rand(n, groups, device=device) * (254 // fmt.qmax)).long() + 1
-        room = (255 - steps * fmt.qmax).clamp(max=128)
-        offsets = (torch.rand(n, groups, device=device) * room).long() + 1
-        offsets = torch.minimum(offsets, room)
-        parts = (t.to(torch.uint8) for t in (codes, steps, offsets))
-        codes8, steps8, offsets8 = parts
-        rows.append(RowCodes(fmt, codes8, scales, steps=steps8, offsets=offsets8))
-    return QuantizedWeight.assemble(len(widths), k, widths, rows)
+    return scattered(tiles, window, generator)
 
 
 @dataclass
@@ -72,7 +47,7 @@ class MixedLinear:
 
     @classmethod
     def of(cls, widths: Tensor, k: int) -> MixedLinear:
-        weight = random_weight(widths, k)
+        weight = random_weight(widths, k, "cuda")
         packed = pack(weight, "cuda64.v1")
         return cls(weight, packed.layout, copies(packed.blob))
 

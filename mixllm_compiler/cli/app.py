@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import compiling, demo, doctor, inspecting, passes, planning
+from . import compiling, demo, doctor, inspecting, passes, planning, tune
 from .verb import add
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ add(app, compiling.compile, panel=RUN)
 add(app, compiling.generate, panel=RUN)
 add(app, planning.score, panel=MAKE)
 add(app, planning.plan, panel=MAKE)
+add(app, tune.tune, panel=RUN)
 add(app, inspecting.inspect, panel=SEE)
 add(app, inspecting.explain, panel=SEE)
 add(app, passes.passes, panel=SEE)

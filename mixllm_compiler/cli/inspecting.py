@@ -48,12 +48,17 @@ def inspect(
 
     loaded, tokenizer = models.load(model, device, dtype)
     options = arg.planning_options(group=group, lm_head=lm_head, exclude=exclude)
-    found = _coverage(loaded, tokenizer, options)
+    found = coverage(loaded, tokenizer, options)
     budget = DEFAULT_BITS if bits is None else bits
     return Output(found.data(budget), coverage_table(found, budget, each), not found.quantized)
 
 
-def _coverage(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> Coverage:
+def coverage(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> Coverage:
+    """What of a model would be quantized.
+
+    Raises:
+        UnsupportedModel: it has no linear.
+    """
     from .. import api
     from ..report.coverage import Coverage
     from . import models

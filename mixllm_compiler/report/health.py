@@ -10,8 +10,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import MixLLMError
+
+if TYPE_CHECKING:
+    from ..lowering.target import Target
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ def checkup() -> list[Check]:
         *_devices(),
         _triton(),
         _cuda_compiler(),
+        *_tables(),
         _cpp_compiler(),
         _cpu_kernels(),
         _matplotlib(),
@@ -116,6 +121,38 @@ def _cuda_compiler() -> Check:
     if found is None:
         return Check("CUDA compiler", "none", compiling.missing())
     return Check("CUDA compiler", "ok", found)
+
+
+def _tables() -> Iterator[Check]:
+    """Where each GPU's fastest kernels are known from."""
+    import torch
+
+    from ..lowering.target import Target
+
+    for index in range(torch.cuda.device_count()):
+        target = Target.of(index)
+        if target.at_least(8):
+            yield kernel_table(target)
+
+
+def kernel_table(target: Target) -> Check:
+    """Which table of timings chooses the CUDA kernels of a GPU."""
+    from .. import runtime  # noqa: F401  it says where this machine's tables are
+    from ..lowering.cuda import timed
+
+    name, shipped, path = f"fastest kernels, {target.name}", timed.shipped(target), None
+    ships = f"{len(shipped)} problems timed before, shipped" if shipped else ""
+    try:
+        path = timed.path_of(target)
+        mine = None if path is None else timed.read(path, target)
+    except MixLLMError as error:
+        return Check(name, "none", str(error))
+    if mine is not None and mine.best:
+        more = f", then {ships}" if ships else ""
+        return Check(name, "ok", f"{len(mine.best)} problems timed here, {path}{more}")
+    if ships:
+        return Check(name, "ok", f"{ships}; `mixllm tune` times them on this machine")
+    return Check(name, "none", "not timed, a cost model chooses; `mixllm tune` makes a table")
 
 
 def _cpp_compiler() -> Check:

@@ -1,52 +1,32 @@
 """Which variant runs a linear: by M, the rows of each width, groups along K and the GPU.
 
-Shapes that were timed on this GPU (`tables/<name>.json`, made by `bench/tune_gemm.py`) get what was
-fastest; all others what the cost model says. Nothing is timed here.
+Shapes that were timed on this GPU get what was fastest, by the table of this machine (made by
+`mixllm tune`) or the one that ships; all others what the cost model says. Nothing is timed here.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-import re
-from dataclasses import dataclass
-from importlib import resources
 
 from ...formats.layout import Layout
 from ..target import Target
+from . import timed
 from .cost import Problem, predict_seconds
 from .variants import Variant
 
 DECODE_TOKENS = 16  # above this many, weights go through shared memory
-_ALIKE = math.log(1.05)  # shapes that differ by less have the same entry
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The best variant for up to so many tokens, at so many tiles of rows and groups along K."""
-
-    tokens: int
-    tiles: int
-    groups: int
-    variant: Variant
-
-    def distance(self, problem: Problem) -> float:
-        """How unlike a problem is: factors between the sizes, as logarithms."""
-        return abs(math.log(self.tiles / problem.tiles)) + abs(
-            math.log(self.groups / problem.groups)
-        )
+ALIKE = math.log(1.05)
+"""Shapes whose sizes differ by less than this logarithm of a factor have the same entry."""
 
 
 @functools.lru_cache(maxsize=65_536)
 def choose(m: int, layout: Layout, target: Target, multiprocessors: int) -> Variant:
     """The variant for M tokens and a weight of that layout."""
     problem = Problem.of(layout)
-    entries = [entry for entry in table(target) if entry.distance(problem) < _ALIKE]
-    if entries:
-        last = max(entry.tokens for entry in entries)
-        enough = (entry for entry in entries if entry.tokens >= min(m, last))
-        return min(enough, key=lambda entry: (entry.tokens, entry.distance(problem))).variant
+    for entries in timed.tables(target):
+        if entry := timed.nearest(entries, m, problem, ALIKE):
+            return entry.variant
     return by_cost(m, problem, target, multiprocessors)
 
 
@@ -68,18 +48,15 @@ def predict(m: int, layout: Layout, target: Target, multiprocessors: int) -> flo
     return predict_seconds(variant, m, Problem.of(layout), multiprocessors)
 
 
-@functools.cache
-def table(target: Target) -> tuple[Entry, ...]:
-    """What was timed on this GPU, empty where nothing was."""
-    name = re.sub(r"[^a-z0-9]+", "-", target.name.lower()).strip("-")
-    file = resources.files(__package__) / "tables" / f"{name}.json"
-    if not name or not file.is_file():
-        return ()
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return tuple(
-        Entry(tokens, tiles, groups, Variant.parse(variant))
-        for tokens, tiles, groups, variant in found["entries"]
-    )
+def table(target: Target) -> tuple[timed.Entry, ...]:
+    """Everything that was timed on this GPU, empty where nothing was."""
+    return tuple(entry for entries in timed.tables(target) for entry in entries)
+
+
+def forget() -> None:
+    """Read the tables again: one of them was written."""
+    timed.forget()
+    choose.cache_clear()
 
 
 def shipped(target: Target) -> set[Variant]:
@@ -93,7 +70,7 @@ def shipped(target: Target) -> set[Variant]:
 
 
 def candidates(m: int, target: Target) -> list[Variant]:
-    """All that can be generated for M tokens: what `bench/tune_gemm.py` times."""
+    """All that can be generated for M tokens: what is timed."""
     hopper = target.capability == (9, 0)
     if m <= DECODE_TOKENS:
         octets = 1 if m <= 8 else 2

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,7 +193,27 @@ def architecture(capability: tuple[int, int]) -> str:
 @functools.cache
 def load_kernel(source: str, name: str, architecture: str) -> driver.Kernel:
     """The function `name` of a source, compiled once and kept loaded."""
-    return driver.load(compiling.cubin(source, f"cuda-{name}", architecture), name)
+    return driver.load(_compiled(source, name, architecture), name)
+
+
+def _compiled(source: str, name: str, architecture: str) -> Path:
+    return compiling.cubin(source, f"cuda-{name}", architecture)
+
+
+def compile_ahead(specs: Iterable[LinearSpec], target: Target | None = None) -> None:
+    """Compile kernels for a GPU (the current one by default) side by side, into the build cache.
+
+    What the compiler refuses is refused again, with its message, where it is used.
+    """
+    capability = (target or Target.of("cuda")).capability
+    assert capability is not None
+
+    def build(spec: LinearSpec) -> None:
+        with suppress(LoweringError):
+            _compiled(generate(spec), "linear", architecture(capability))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers do not hold Python's lock
+        list(pool.map(build, dict.fromkeys(specs)))
 
 
 def start(kernel: driver.Kernel, launch: Launch, device: torch.device, *arguments: Any) -> None:
