@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from . import compat
 from .allocation.allocate import make_plan
 from .allocation.plan import Plan, SitePlan
+from .allocation.problem import RowTime
 from .backend import mixllm
 from .calibration.tokens import DEFAULT_SEQUENCES, calibration_tokens
 from .errors import MixLLMError, OptionError, PlanMismatch, UnsupportedModel, nearest
 from .formats.fingerprint import fingerprint
 from .formats.neutral import QuantizedWeight
 from .frames import CompiledForward, own_frame
+from .lowering.cost import row_time
+from .lowering.target import Target
 from .modules import PackedLinear
 from .options import Options
 from .passes.allocate_bits import plan_arguments
@@ -119,6 +122,9 @@ def plan(
     preset: str = "best",
     constant: float = 1.0,
     floor: float = 0.0,
+    price: float = 0.0,
+    tokens: int = 1,
+    target: Target | str | None = None,
     **options: Any,
 ) -> Plan:
     """One global allocation: the width of every output feature, inside one budget.
@@ -132,6 +138,10 @@ def plan(
         preset: "best" = knapsack over true bytes; "paper" = the top 10 % of features by count, in
             formats of the scores: the paper's own with those of `score(model, preset="paper")`.
         constant, floor: predicted KL = constant · summed scores + floor.
+        price: nats per token that a second of all linears' predicted time is worth; 0 looks at
+            bytes alone. At 1e3, a microsecond is worth a thousandth of a nat.
+        tokens: how many at a time that time is predicted for; one is decoding.
+        target: the GPU, by default the one at hand; as text, `"cuda sm_90 NVIDIA H200"`.
         options: pins, exclude, widths, tile, window, siblings, tp, formats_per_layer of the
             backend; group and rotation are those of the scores.
     """
@@ -143,7 +153,27 @@ def plan(
         arguments["widths"] = None  # all that were scored, or the paper's two
     if bytes is not None or kl is not None:
         arguments |= {"bits": bits, "bytes": bytes, "kl": kl}
+    if price:
+        arguments |= {"time": _row_time(scores, tokens, target), "price": price}
     return make_plan(scores, exclude=opts.exclude, constant=constant, floor=floor, **arguments)
+
+
+def _row_time(scores: Scores, tokens: int, target: Target | str | None) -> RowTime:
+    """Seconds of a row by matrix and format, of the cost model that chooses kernels, too.
+
+    Raises:
+        OptionError: times on that device are not known.
+    """
+    if target is None:
+        target = Target.of("cuda" if torch.cuda.is_available() else "cpu")
+    found = Target.parse(target) if isinstance(target, str) else target
+    time = row_time(scores.shapes, tokens, found)
+    if time is None:
+        raise OptionError(
+            f"price needs predicted times, and none are known for '{found}'; name a target that "
+            "lowering/cost.py knows, such as target='cuda sm_90 NVIDIA H200', or leave price out"
+        )
+    return time
 
 
 def quantize(

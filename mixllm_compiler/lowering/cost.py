@@ -9,6 +9,8 @@ activations is in neither.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..formats.layout import Layout
@@ -76,3 +78,29 @@ def predict_float_seconds(m: int, n: int, k: int, target: Target) -> float | Non
         return None
     moved = _OUTPUT_BYTES * (n * k + m * k + m * n)
     return known.launch + max(moved / known.bandwidth, 2 * m * n * k / known.half)
+
+
+def row_time(
+    shapes: Mapping[str, tuple[int, int]], m: int, target: Target
+) -> Callable[[str, RowFormat], float] | None:
+    """The allocator's time term: (matrix name, format) → seconds that a row takes with M tokens.
+
+    It is the matrix' time with all rows in that format, shared by them, so that the times of
+    a plan's rows add up to about the time of its linears.
+
+    Args:
+        shapes: matrix name → (N, K).
+        m: tokens at a time.
+        target: the device; None is returned for an unknown one.
+    """
+    if limits(target) is None:
+        return None
+
+    @functools.cache
+    def seconds(n: int, k: int, row: RowFormat) -> float:
+        layout = Layout(k, ((row.bits, n),), row.group, row.family)
+        found = predict_seconds(m, layout, target)
+        assert found is not None
+        return found / n
+
+    return lambda name, row: seconds(*shapes[name], row)
