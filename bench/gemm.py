@@ -2,6 +2,7 @@
 
     python bench/gemm.py            the four linears of Llama-3.1-8B, 1 to 8192 tokens
     python bench/gemm.py --quick    a corner of it; writes no results
+    python bench/gemm.py --peers    other libraries, too: `gemm_peers.py`
 
 The row mix is `row_mix.json`: 4.4 true bits, six widths. First every linear against exact integers,
 bit for bit. Then times: up to 256 tokens replays of CUDA graphs over weights larger than the cache,
@@ -12,6 +13,7 @@ turn; the median of several samples. Variants come from the dispatcher.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from ctypes import c_longlong, c_void_p
 from typing import Any
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import gemm_peers
 from gpu_timing import capture, copies, cublas, medians
 from mixed_linears import LLAMA_8B, MIX, MixedLinear, row_widths
 from mixllm_compiler.lowering import sources
@@ -185,6 +188,22 @@ def bars(rows: list[dict[str, Any]], sums: list[dict[str, Any]], wrong: int) -> 
     return found
 
 
+def peer_bars(peers: list[dict[str, Any]], sums: list[dict[str, Any]]) -> list[Bar]:
+    """Ahead of the best peer at every number of tokens."""
+    ours = {row["tokens"]: row for row in sums}
+    best: dict[int, tuple[float, str]] = {}
+    for row in peers:
+        m = row.get("tokens")
+        if row.get("linear") == "sum" and m in ours:
+            ratio = row["us"] / ours[m][gemm_peers.comparable(row["quantizer"])]
+            name = f"{row['peer']}, quantizer {row['quantizer']}"
+            best[m] = min(best.get(m, (math.inf, "")), (ratio, name))
+    return [
+        Bar.at_least(f"M = {m}: sum of four linears, best peer ({name}) / ours", ratio, 1.0)
+        for m, (ratio, name) in sorted(best.items())
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """What a person reads."""
     columns = ["linear", "tokens", "bf16 us", "gemm us", "gemm ratio", "no overlap ratio"]
@@ -201,6 +220,8 @@ def main() -> None:
     """Check, measure, write, show."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="four numbers of tokens, not written")
+    parser.add_argument("--peers", action="store_true", help="measure other libraries, too")
+    parser.add_argument("--peer-limit", type=float, default=gemm_peers.LIMIT, help="seconds each")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this bench measures GPU kernels; there is no CUDA device here")
@@ -223,12 +244,18 @@ def main() -> None:
     sums = summed(rows)
     console.print(table(sorted(rows + sums, key=lambda row: row["tokens"])))
     found = bars(rows, sums, wrong)
+    peers: list[dict[str, Any]] = []
+    if options.peers:
+        asked = [m for m in gemm_peers.TOKENS if m in tokens]
+        peers = gemm_peers.run_all(asked, options.peer_limit)
+        console.print(gemm_peers.table(peers))
+        found += peer_bars(peers, sums)
     for bar in found:
         console.print(
             f"{'met   ' if bar.met else 'MISSED'} {bar.name}: {bar.measured} {bar.target}"
         )
     if not options.quick:
-        path = write_results(__file__, rows + sums, found, device="cuda", extra=MIX)
+        path = write_results(__file__, rows + sums + peers, found, device="cuda", extra=MIX)
         console.print(f"written: {path.name}")
 
 

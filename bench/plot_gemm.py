@@ -94,7 +94,7 @@ def series(content: dict[str, Any]) -> list[tuple[str, str, str, list[int], list
     peers: dict[str, list[tuple[int, float]]] = {}
     for row in sums:
         if "peer" in row and row.get("us"):
-            inside = ", quantizer inside" if row["quantizer inside"] else ""
+            inside = ", quantizer inside" if row["quantizer"] == "inside" else ""
             peers.setdefault(row["peer"] + inside, []).append((row["tokens"], row["us"]))
     for mark, (label, points) in zip(itertools.cycle(MARKS), sorted(peers.items()), strict=False):
         found.append((label, PEERS, f"{mark}-", *map(list, zip(*points, strict=True))))
