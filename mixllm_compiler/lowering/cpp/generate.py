@@ -10,7 +10,7 @@ import functools
 from importlib import resources
 
 from .isa import Isa
-from .kernels import Kernel, Scheme
+from .kernels import Kernel, Scheme, steps_of_turn
 from .lanes import LANES, WORD
 
 VERSION = "cpp.v1"
@@ -121,7 +121,9 @@ def _dispatch(isa: Isa) -> str:
             names[1:] = vector if isa.rows else plain
         rows += [f"  {{{', '.join(names)}}},"]
     table = "\n".join(rows)
+    turns = ", ".join(str(steps_of_turn(isa, b) if b in LANES else 1) for b in range(9))
     return (
+        f"constexpr long STEPS_OF_TURN[9] = {{{turns}}};\n"
         f"static const Kernel KERNELS[9][TOKENS + 1] = {{\n{table}\n}};\n"
         "INLINE void run(int bits, int tokens, const uint8_t* w, const Tile& tile, long groups,"
         " long steps, float* out) {\n"

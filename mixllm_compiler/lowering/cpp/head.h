@@ -17,6 +17,15 @@ static inline int omp_get_num_threads() { return 1; }
 #define INLINE static inline __attribute__((always_inline))
 #define FENCE asm volatile("" ::: "memory")
 
+// Weights to ask for on the way.
+struct Next {
+  const uint8_t* at;
+  long lines;  // in one turn of a kernel's loop
+  inline __attribute__((always_inline)) void more() {
+    for (long i = 0; i < lines; i++, at += 64) __builtin_prefetch(at);
+  }
+};
+
 // Activations of T tokens as kernels read them; what the numbers are depends on the scheme.
 struct Tile {
   const int8_t* codes;      // [K/4][T][4]
@@ -25,6 +34,7 @@ struct Tile {
   const int32_t* minus128;  // -128 times sums, [groups][T], or of all groups [T]
   const int32_t* table;     // -z times sum for z = 0 ... 15, [groups][T][16]
   const float* scales;      // [groups][T], or [T]
+  Next next;
 };
 typedef void (*Kernel)(const uint8_t* w, const Tile& tile, long groups, long steps, float* out);
 

@@ -23,6 +23,11 @@ FLUSH = {2: 8, 3: 8, 4: 8, 5: 4, 6: 2}
 """Without VNNI: how many sums of two products fit int16, as a number of steps; 2·qmax·127 each."""
 
 
+def steps_of_turn(isa: Isa, bits: int) -> int:
+    """Steps that one turn of a kernel's loop takes: whole units, so that groups are whole turns."""
+    return max(LANES[bits].steps, 4 if isa.vnni else 8)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What a source is generated for: a family of formats and a granularity of activations."""
@@ -111,9 +116,13 @@ class Kernel:
         ]
         if not self._kept:
             lines += [f"  alignas(64) int32_t sums[{self.tokens * 64}];"]
+        if self.tokens > 1:
+            lines += ["  Next next = tile.next;"]
         lines += self._start()
         lines += ["  for (long g = 0; g < groups; g++) {", "    const uint8_t* meta = w;"]
-        lines += [f"    w += {self._meta_bytes};"] if self._meta_bytes else []
+        if self._meta_bytes:
+            ahead = f" next.at += {self._meta_bytes};" if self.tokens > 1 else ""
+            lines += [f"    w += {self._meta_bytes};{ahead}"]
         if len(self._passes) > 1:
             lines += ["    const uint8_t* const codes = w;", "    const int8_t* const group = x;"]
         for rows in self._passes:
@@ -134,7 +143,7 @@ class Kernel:
 
     def _loop(self, rows: range) -> list[str]:
         """Over the codes of a group."""
-        chunk = LANES[self.bits].steps * self._unroll
+        chunk = steps_of_turn(self.isa, self.bits)
         turns = f"    for (long i = 0; i < steps / {chunk}; i++) {{"
         return [turns, *self._chunk(rows), *([] if self._kept else ["      FENCE;"]), "    }"]
 
@@ -146,8 +155,8 @@ class Kernel:
 
     @property
     def _unroll(self) -> int:
-        """Units of one turn of the loop; groups are whole multiples of 8 steps."""
-        return max(1, (4 if self.isa.vnni else 8) // LANES[self.bits].steps)
+        """Units of one turn of the loop."""
+        return steps_of_turn(self.isa, self.bits) // LANES[self.bits].steps
 
     def _start(self) -> list[str]:
         """Accumulators of all of K, and where rows of a panel begin."""
@@ -231,7 +240,8 @@ class Kernel:
         lanes = LANES[self.bits]
         lines: list[str] = []
         if rows.start == 0:  # the other vectors of a panel find it in the cache
-            lines += [f"      prefetch<{lanes.unit_bytes * self._unroll // 64}>(w);"]
+            count = lanes.unit_bytes * self._unroll // 64
+            lines += [f"      prefetch<{count}>(w);" if self.tokens == 1 else "      next.more();"]
         if not self.isa.vnni and not self._signed:
             lines += [f"      Ints d{t}_{r};" for t, r in self._cells(rows)]
         for unit in range(self._unroll):

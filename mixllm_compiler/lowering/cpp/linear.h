@@ -39,7 +39,7 @@ struct Activations {
   Tile tile(long m, const float* token_scales, const int8_t* outside) const {
     const long at = m * groups;
     return {outside ? outside : codes + m * padded, halves + at, minus128 + (INTEGER ? m : at), table + at * 16,
-            PER_GROUP ? scales + at : token_scales + m};
+            PER_GROUP ? scales + at : token_scales + m, {}};
   }
   // Write the tile of tokens m ... m + T - 1. One token's codes are in order already.
   void fill(long m, int T, const int8_t* x, const float* x_scales, const int32_t* sums) {
@@ -100,21 +100,30 @@ static long blocks_of(const Tiling& tiling) {
 static void multiply(const Shape& s, const Activations& in, const Tiling& tiling, Queue& queue, const int8_t* x,
                      const float* x_scales, const uint8_t* blob, const void* bias, void* out, long m0) {
   const Panel* panels = (const Panel*)(blob + s.panels * 256);
-  const long blocks = blocks_of(tiling);
+  const long blocks = blocks_of(tiling), padded = s.groups * s.group;
   const Type type = (Type)s.out_type;
   alignas(64) float results[TOKENS * 64 + 16] = {};
   Rows rows = {};
   for (long from, to; queue.take(from, to);)
-    for (long next = from; next < to; next++) {
-      const long b = next / s.panels, p = next % s.panels;
+    for (long item = from; item < to; item++) {
+      const long b = item / s.panels, p = item % s.panels;
       const Panel& panel = panels[p];
       if (p + 1 < s.panels) announce(panels[p + 1], blob);
       gather(panel, blob, rows);
-      for (long i = tiling.count * b / blocks; i < tiling.count * (b + 1) / blocks; i++) {
+      const long first = tiling.count * b / blocks, last = tiling.count * (b + 1) / blocks;
+      // One tile streams its weights; more of them bring the next panel's near, each its share.
+      const long turn = STEPS_OF_TURN[panel.bits], table = panel.bits == 8 ? 0 : (s.groups + 1) / 2 * 128;
+      const long head = FAMILY == TWO_LEVEL ? 256 + table : 0;
+      Next next = {blob + panel.start + head + AHEAD, turn * panel.bits / 2};
+      const bool alone = last - first == 1, ends = p + 1 == s.panels;
+      const long share = alone || ends ? 0 : panels[p + 1].bits * 8 * padded / (last - first);
+      if (!alone) next = {ends ? blob : blob + panels[p + 1].start, (share / 64 * turn * 4 + padded - 1) / padded};
+      for (long i = first; i < last; i++) {
         const long m = tiling.first(i);
         const int T = tiling.tokens(i);
-        const Tile tile = in.tile(m, x_scales, T == 1 ? x + m * in.padded : nullptr);
+        Tile tile = in.tile(m, x_scales, T == 1 ? x + m * in.padded : nullptr);
         const Output y = {type, (Type)s.bias_type, bias, (uint8_t*)out + (m0 + m) * s.n * (type == FLOAT32 ? 4 : 2), s.n};
+        tile.next = {next.at + (i - first) * share, next.lines};
         expect(panel, T, y);
         run(panel.bits, T, blob + panel.start, tile, s.groups, s.group / 4, results);
         finish(panel, rows, results, T, x_scales + m, y);
