@@ -20,23 +20,30 @@ def divergence(p, q):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_kernels_differ_from_the_reference_by_less_than_a_hundredth_of_what_quantizing_costs():
+@pytest.mark.parametrize(
+    "lowering, formats",
+    [("cuda", {}), ("triton", {"family": "asym", "widths": (4, 8), "rotate": 0})],
+    ids=["cuda", "triton"],
+)
+def test_kernels_differ_from_the_reference_by_less_than_a_hundredth_of_what_quantizing_costs(
+    lowering, formats
+):
     model, tokenizer = load()
     model = model.cuda().eval()
     text = HELDOUT.read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :8192].view(8, 1024)
     ids = ids.cuda()
-    plan = mixllm_compiler.plan(mixllm_compiler.score(model, ids[:4]), bits=4.4)
+    plan = mixllm_compiler.plan(mixllm_compiler.score(model, ids[:4], **formats), bits=4.4)
     logits = {}
     with torch.no_grad():
         float_logits = model(ids).logits
-        for kernels in ("triton", "reference"):
+        for kernels in (lowering, "reference"):
             options = {"plan": plan, "lower": "eager", "quiet": True, "kernels": kernels}
             compiled = torch.compile(own_frame(model.forward), backend=mixllm, options=options)
             with records.collect() as graphs:
                 logits[kernels] = compiled(ids).logits
             used = {line.kernel for line in graphs[0].quantized}
-            assert used == {"triton.v1" if kernels == "triton" else "reference"}
+            assert used == {"reference" if kernels == "reference" else f"{kernels}.v1"}
     cost = divergence(logits["reference"], float_logits)
     assert cost > 0.01
-    assert divergence(logits["triton"], logits["reference"]) <= 0.01 * cost
+    assert divergence(logits[lowering], logits["reference"]) <= 0.01 * cost
