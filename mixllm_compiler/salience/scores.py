@@ -55,12 +55,13 @@ class Scores:
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
             raise ValueError("scores need at least one format, and each one once")
-        if (
-            min(f.group for f in self.formats) != self.group
-            or len({*map(_family, self.formats)}) > 1
-        ):
+        groups = {f.group for f in self.formats}
+        alike = min(groups) == self.group and all(
+            self.group and g % self.group == 0 for g in groups
+        )
+        if (groups != {self.group} and not alike) or len({*map(_family, self.formats)}) > 1:
             raise ValueError(
-                f"formats of scores share one family and begin with group {self.group}"
+                f"formats of scores share one family and groups of {self.group} or multiples of it"
             )
         if self.loss.keys() != self.shapes.keys():
             odd = sorted(self.loss.keys() ^ self.shapes.keys())

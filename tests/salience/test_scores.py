@@ -116,8 +116,8 @@ def test_infinity_forbids_a_format_but_never_all():
     [
         ({"formats": ()}, "at least one format"),
         ({"formats": (FORMATS[0],) * 3}, "each one once"),
-        ({"formats": (RowFormat(3, 64), *FORMATS[1:])}, "share one family and the group 128"),
-        ({"group": 64}, "share one family and the group 64"),
+        ({"formats": (RowFormat(3, 64), *FORMATS[1:])}, "share one family and groups of 128"),
+        ({"group": 64}, "share one family and groups of 64"),
         ({"formats": FORMATS[:2]}, r"are torch.float32 \[4, 3\], not float32 \[4, 2\]"),
         ({"shapes": {Q: (4, 128)}}, f"name other matrices: {UP}"),
         ({"siblings": {"q": "qkv"}}, "q has siblings but no scores"),

@@ -174,7 +174,7 @@ def all_planned():
 
     for plans in PLANS._plans.values():
         for planned in plans:
-            for name, rows in planned.widths.items():
+            for name, (rows, _) in planned.rows.items():
                 yield planned.weights[name][0](), rows
 
 
