@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor
 
 import gemm_peers
-from gpu_timing import capture, copies, cublas, medians
+from gpu_timing import capture, copies, cublas, medians, without_overlap
 from mixed_linears import LLAMA_8B, MIX, MixedLinear, row_widths
 from mixllm_compiler.lowering import sources
-from mixllm_compiler.lowering.cuda import compiling, dispatch, driver, launch
+from mixllm_compiler.lowering.cuda import compiling, dispatch, driver
 from mixllm_compiler.lowering.target import Target
 from mixllm_compiler.runtime import build
 from results_io import Bar, write_results
@@ -86,16 +86,6 @@ def in_fp8(x: Tensor, floats: list[Tensor], seconds: float) -> Callable[[], floa
         return torch._scaled_mm(x8, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     return capture(call, weights * 4, seconds)
-
-
-def without_overlap(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same without programmatic dependent launch."""
-
-    def run(item: Any) -> Any:
-        with launch.trying(programmatic=False):
-            return call(item)
-
-    return run
 
 
 def measure(

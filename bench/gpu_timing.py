@@ -5,17 +5,41 @@ A graph calls over many copies of the weights, more than the cache holds.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixllm_compiler.lowering.cuda import launch
 from mixllm_compiler.lowering.cuda.timing import ROTATED_BYTES as ROTATED_BYTES
 from mixllm_compiler.lowering.cuda.timing import capture
 from mixllm_compiler.lowering.cuda.timing import copies as copies
 
 SAMPLES = 5
+
+
+def quick_or_whole(doc: str) -> argparse.Namespace:
+    """The arguments of a bench that needs a GPU: `--quick`; it ends here where there is none."""
+    parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="two numbers of tokens, not written")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this bench measures GPU kernels; there is no CUDA device here")
+    torch.manual_seed(0)
+    return options
+
+
+def without_overlap(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same without programmatic dependent launch."""
+
+    def run(item: Any) -> Any:
+        with launch.trying(programmatic=False):
+            return call(item)
+
+    return run
 
 
 def medians(*measures: Callable[[], float], samples: int = SAMPLES) -> list[float]:

@@ -17,7 +17,6 @@ gave it, and replays against a chain without overlap, bit for bit.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gpu_timing import capture, medians
+from gpu_timing import capture, medians, quick_or_whole, without_overlap
 from mixed_linears import GROUP, KERNEL, LLAMA_8B, MIX, MixedLinear, row_widths
 from mixllm_compiler import runtime  # noqa: F401  kernels go into the build cache
 from mixllm_compiler.lowering import fused, lowered
@@ -217,16 +216,6 @@ def unsteady(ours: Ours, x: Tensor, residual: Tensor) -> int:
     return wrong
 
 
-def without_overlap(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same without programmatic dependent launch."""
-
-    def run(item: Any) -> Any:
-        with launch.trying(programmatic=False):
-            return call(item)
-
-    return run
-
-
 def measure(
     ours: list[Ours], floats: Floats, m: int, with_attention: bool = False
 ) -> list[dict[str, Any]]:
@@ -293,12 +282,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Check, measure, write, show."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="two numbers of tokens, not written")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this bench measures GPU kernels; there is no CUDA device here")
-    torch.manual_seed(0)
+    options = quick_or_whole(__doc__)
     console = Console(width=max(120, Console().width))
     linears = {
         name: MixedLinear.of(row_widths(name), MIX["matrices"][name]["k"]) for name in LLAMA_8B

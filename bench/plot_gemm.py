@@ -25,9 +25,9 @@ from mixed_linears import LLAMA_8B
 from mixllm_compiler.formats.files import write_whole
 from mixllm_compiler.lowering.cost import limits
 from mixllm_compiler.lowering.target import Target
+from plots import INK, OURS, STYLE
 
-INK = "#7d7d7d"  # readable on white and on black
-OURS, CUBLAS, PEERS = "#2f7fd1", "#d1672f", "#8a5fbf"
+CUBLAS, PEERS = "#d1672f", "#8a5fbf"
 MARKS = "xv^D8*1P<"
 
 LINES = {
@@ -145,12 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="file to write, .svg or .png")
     args = parser.parse_args(argv)
     content = json.loads(args.results.read_text(encoding="utf-8"))
-    style: Any = {
-        "svg.hashsalt": "mixllm", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-        "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none", "font.size": 9,
-    }  # fmt: skip
     kind = args.out.suffix.removeprefix(".")
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         out = io.BytesIO()
         dated = {"metadata": {"Date": None}} if kind == "svg" else {}  # the same bytes every time
         plot(content).savefig(out, format=kind, transparent=kind == "svg", **dated)

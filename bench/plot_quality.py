@@ -18,9 +18,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from mixllm_compiler.formats.files import write_whole
+from plots import INK, OURS, STYLE
 
-INK = "#7d7d7d"  # readable on white and on black
-OURS, OTHERS, PEERS = "#2f7fd1", "#d1672f", "#8a5fbf"
+OTHERS, PEERS = "#d1672f", "#8a5fbf"
 MARKS = "xv^D8*1P<"
 
 
@@ -50,11 +50,7 @@ def plot(content: dict[str, Any], text: str) -> bytes:
     for row in content["rows"]:
         if "peer" in row:
             peers.setdefault(method(row["peer"]), []).append(row)
-    style: Any = {
-        "svg.hashsalt": "mixllm", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-        "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none", "font.size": 9,
-    }  # fmt: skip
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
         bits = [row["true bits"] for row in ours]

@@ -17,9 +17,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from mixllm_compiler.formats.files import write_whole
+from plots import INK, OURS, STYLE
 
-INK = "#7d7d7d"  # readable on white and on black
-OURS = "#2f7fd1"
 # Bytes of a weight as each keeps it; int4 pack: a scale and a zero point of 16 bits per 128 codes.
 PEERS = {
     "fp32": (4.0, "#b9b9b9", "x"),
@@ -52,11 +51,7 @@ def plot(content: dict[str, Any]) -> bytes:
         and (row["M"] > 1) == (row["weights in"] == "cache")
     ]
     peak, read = content["extra"]["VNNI peak, Gop/s"], content["extra"]["read, GB/s"]
-    style: Any = {
-        "svg.hashsalt": "mixllm", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-        "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none", "font.size": 9,
-    }  # fmt: skip
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
         axes.plot([0.3, peak / read, 3e3], [0.3 * read, peak, peak], color=INK, linewidth=1)

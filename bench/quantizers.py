@@ -13,7 +13,6 @@ First every fused quantizer against its definition.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gpu_timing import ROTATED_BYTES, capture, medians
+from gpu_timing import ROTATED_BYTES, capture, medians, quick_or_whole
 from mixllm_compiler.lowering import fused, lowered, sources
 from mixllm_compiler.lowering.agreement import disagreement
 from mixllm_compiler.runtime import build
@@ -208,12 +207,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Check, measure, write, show."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="two numbers of tokens, not written")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this bench measures GPU kernels; there is no CUDA device here")
-    torch.manual_seed(0)
+    options = quick_or_whole(__doc__)
     sources.use_store(build.materialize, build.build)
     console = Console(width=max(170, Console().width))
     rows, wrong = [], []

@@ -30,7 +30,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Preset → its formats and its transform: every door's defaults, where nothing else is asked for.
 
-Blocks of 256 lose 1 % less than blocks of 128 and cost the same; where 256 does not divide K, the
+Blocks of 256 lose 1 % less than blocks of 128; where 256 does not divide K, the
 largest power of two that does is taken.
 """
 

@@ -288,7 +288,7 @@ class Plan:
         rows = {name: site.widths for name, site in self.sites.items()}
         spans = {_SPANS + n: s.spans for n, s in self.sites.items() if s.spans is not None}
         # Files without spans stay readable for versions that know none.
-        save_tensors(path, "plan", 2 if spans else VERSION, {**rows, **spans}, document)
+        save_tensors(path, "plan", _NEWEST if spans else VERSION, {**rows, **spans}, document)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -164,11 +164,10 @@ class QuantizedWeight:
         zeros, groups = None, groups_of(self.k, self.group)
         if stored.zeros is not None:
             zeros = unpack_bits(stored.zeros, bits, groups)
-        spans = None if self.spans is None else self.spans[self.widths == bits]
-        steps, offsets = (
-            None if t is None else spread_out(t, spans, groups)
-            for t in (stored.steps, stored.offsets)
-        )
+        steps, offsets = stored.steps, stored.offsets
+        if self.spans is not None and steps is not None and offsets is not None:
+            spans = self.spans[self.widths == bits]
+            steps, offsets = (spread_out(t, spans, groups) for t in (steps, offsets))
         return RowCodes(fmt, codes, stored.scales, zeros, steps, offsets)
 
     def expanded(self) -> QuantizedWeight:
@@ -226,9 +225,9 @@ class QuantizedWeight:
         return stored + width_bytes(self.n)
 
 
-def _shared(values: Tensor | None, spans: Tensor | None) -> Tensor | None:
-    if values is None or spans is None:
-        return values
+def _shared(values: Tensor | None, spans: Tensor) -> Tensor | None:
+    if values is None:
+        return None
     stored = shared(values, spans)
     if not torch.equal(spread_out(stored, spans, values.shape[1]), values):
         raise WeightError("groups that share a step and an offset have different ones")

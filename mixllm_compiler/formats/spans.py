@@ -12,17 +12,13 @@ from torch import Tensor
 SPANS = (1, 2, 4)
 
 
-def shared(values: Tensor, spans: Tensor | None) -> Tensor:
+def shared(values: Tensor, spans: Tensor) -> Tensor:
     """Values per group [n, G] → what is stored: flat, one for every `spans` [n] groups of a row."""
-    if spans is None:
-        return values
     return values[_firsts(values.shape[1], spans.to(values.device))]
 
 
-def spread_out(stored: Tensor, spans: Tensor | None, groups: int) -> Tensor:
+def spread_out(stored: Tensor, spans: Tensor, groups: int) -> Tensor:
     """Inverse of `shared`: values per group [n, G]."""
-    if spans is None:
-        return stored
     first = _firsts(groups, spans.to(stored.device))
     places = first.flatten().long().cumsum(0) - 1
     return stored[places].view(first.shape)

@@ -325,7 +325,7 @@ class QuantizingRun:
             self.strengths |= {m.name: strength for m in matrices}
         spans = [torch.ones_like(p.widths) if p.spans is None else p.spans for p in wanted]
 
-        def coded_rows(rows: Tensor, group: int) -> Encoded:
+        def coded_rows(rows: Tensor | slice, group: int) -> Encoded:
             longer = replace(wanted[0], group=group)
             return self.encode(w[rows], longer, widths[rows], h, matrices[0].name)
 

@@ -99,6 +99,8 @@ class Encoded:
 
     def regrouped(self, group: int) -> Encoded:
         """The same rows in groups of a size that divides theirs."""
+        if group == self.group:
+            return self
         repeats, groups = self.group // group, groups_of(self.codes.shape[1], group)
         grids = {
             name: getattr(self, name).repeat_interleave(repeats, 1)[:, :groups]
@@ -121,15 +123,20 @@ class Encoded:
         return RowCodes(fmt, codes, step.half(), zeros)
 
 
-def by_span(spans: Tensor, group: int, quantize: Callable[[Tensor, int], Encoded]) -> Encoded:
+def by_span(
+    spans: Tensor, group: int, quantize: Callable[[Tensor | slice, int], Encoded]
+) -> Encoded:
     """Rows of each span quantized by themselves, in groups `span` times as long as `group`.
 
     Args:
         spans: uint8 [N].
-        quantize: (int64 indices of rows, their group size) → the rows in that order.
+        quantize: (int64 indices of rows, or all, their group size) → the rows in that order.
     """
     order, parts = [], []
-    for span in sorted(set(spans.tolist())):
+    found = sorted(set(spans.tolist()))
+    if len(found) == 1:
+        return quantize(slice(None), group * found[0]).regrouped(group)
+    for span in found:
         rows = (spans == span).nonzero().flatten()
         order.append(rows)
         parts.append(quantize(rows, group * span).regrouped(group))

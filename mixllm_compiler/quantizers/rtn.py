@@ -99,7 +99,7 @@ def quantize_rtn(
     widths = widths.to(w.device)
     if spans is not None:
 
-        def rounded(rows: Tensor, longer: int) -> Encoded:
+        def rounded(rows: Tensor | slice, longer: int) -> Encoded:
             return encode(w[rows], widths[rows], longer, family, importance=importance, clip=clip)
 
         return by_span(spans.to(w.device), group, rounded).stored(transform, spans)

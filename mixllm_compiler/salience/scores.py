@@ -55,11 +55,9 @@ class Scores:
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
             raise ValueError("scores need at least one format, and each one once")
-        groups = {f.group for f in self.formats}
-        alike = min(groups) == self.group and all(
-            self.group and g % self.group == 0 for g in groups
-        )
-        if (groups != {self.group} and not alike) or len({*map(_family, self.formats)}) > 1:
+        groups, families = {f.group for f in self.formats}, {f.family for f in self.formats}
+        uneven = any(g % self.group if self.group else g for g in groups)
+        if min(groups) != self.group or uneven or len(families) > 1:
             raise ValueError(
                 f"formats of scores share one family and groups of {self.group} or multiples of it"
             )
@@ -202,11 +200,7 @@ class Scores:
         rows = [(name, len(found), torch.stack(found).sum(0)) for name, found in places.items()]
         everything = torch.stack([total for *_, total in rows]).sum(0) if rows else torch.empty(0)
         body = table(
-            (
-                "nats per token, all rows in",
-                "matrices",
-                *self.columns,
-            ),
+            ("nats per token, all rows in", "matrices", *self.columns),
             [
                 (name, count, *(f"{value:.3g}" for value in total.tolist()))
                 for name, count, total in [*rows, ("all", len(self.loss), everything)]
@@ -238,10 +232,6 @@ class Scores:
         if rows:
             lines.append(table(("matrix", *(_short(f, self.group) for f in common)), rows))
         return "\n".join(lines)
-
-
-def _family(fmt: RowFormat) -> str:
-    return fmt.family
 
 
 def _short(fmt: RowFormat, group: int) -> str:

@@ -74,7 +74,7 @@ def test_a_model_and_a_plan_are_too_much(mixllm, gpu):
     assert result.exit_code == 1 and "not both" in result.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
 def test_without_a_gpu_it_says_so(mixllm):
     result = mixllm("tune")
     assert result.exit_code == 1

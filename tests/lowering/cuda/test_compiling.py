@@ -61,7 +61,9 @@ def test_a_server_that_must_not_build_says_so(monkeypatch):
         compiling.cubin("// one", "linear", "sm_80")
 
 
-@pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="a driver is installed")
+@pytest.mark.skipif(
+    ctypes.util.find_library("cuda") is not None, reason="asks what happens without a driver"
+)
 def test_without_a_driver_loading_is_an_error(tmp_path):
     driver._library.cache_clear()
     file = tmp_path / "kernel.cubin"

@@ -188,7 +188,7 @@ def test_random_rows_are_legal_codes():
     assert torch.equal(weight.widths, widths)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
 def test_without_a_gpu_tuning_says_so():
     with pytest.raises(LoweringError, match="there is no CUDA device"):
         timing.available()
