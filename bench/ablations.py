@@ -3,8 +3,9 @@
     python bench/ablations.py --model DIR --texts DIR --calibration FILE --device cuda --workers 4
 
 Every line is compared with ours at the same bits: rotation 256, int8 per token, two-level rows of
-2 to 8 bits, 64-row tiles in windows of 1,024 across siblings, kfac scores, GPTQ with refit and
-descent. Sections: granularity, activations, formats, score, quantizer, transform, text.
+2 to 8 bits in groups of 128 or 256, 64-row tiles in windows of 1,024 across siblings, kfac scores,
+GPTQ with refit and descent. Sections: granularity, activations, formats, score, quantizer,
+transform, text.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ CASES = (
     _case("granularity", "fused linears", 4.4, plan={"granularity": "siblings"}),
     _case("granularity", "tiles within matrices", 4.4, plan={"siblings": False}),
     *(
-        _case("formats", f"groups of 128 times {spans}", b, scores={"spans": spans})
-        for spans in ((1, 2), (1, 2, 4))
+        _case("formats", f"groups of {sizes}", b, scores={"spans": spans})
+        for sizes, spans in (("128", (1,)), ("128, 256 and 512", (1, 2, 4)))
         for b in (4.4, 3.6)
     ),
     *(

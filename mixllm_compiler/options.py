@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .allocation.paper import PAPER_WIDTHS
 from .allocation.tiling import TILE, WINDOW, Tiling
 from .errors import OptionError, nearest
-from .formats.row_format import DEFAULT_GROUP, WIDTHS, RowFormat
+from .formats.row_format import DEFAULT_GROUP, MAX_GROUP, WIDTHS, RowFormat
 from .formats.spans import SPANS
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ DEFAULT_BITS = 4.4
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # What loses least at equal true bits, and what the fastest kernels run.
-    "best": {"family": "two-level", "widths": WIDTHS, "rotate": 256},
+    "best": {"family": "two-level", "widths": WIDTHS, "rotate": 256, "spans": (1, 2)},
     # MixLLM's own formats; one activation scale a group follows from inputs as they are.
-    "paper": {"family": "asym", "widths": PAPER_WIDTHS, "rotate": 0},
+    "paper": {"family": "asym", "widths": PAPER_WIDTHS, "rotate": 0, "spans": (1,)},
 }
 """Preset → its formats and its transform: every door's defaults, where nothing else is asked for.
 
@@ -49,12 +49,13 @@ class Options:
         preset: "best" (loss-aware scores, byte-true knapsack over rows of 2 to 8 bits in two
             levels, rotated inputs, one activation scale a token) or "paper" (MixLLM's scores and
             rule over asymmetric rows of 4 and 8 bits, one activation scale a group).
-        widths: candidate bits per row; None, as for the next two, is what the preset has.
-        group: group size along K.
-        spans: how many neighbouring groups of a row may share a step and an offset, two-level rows
-            only: (1, 2) lets every row have groups of `group` or of twice that.
+        widths: candidate bits per row; None, as for the next three, is what the preset has.
         family: of formats, "two-level" or "asym"; all rows share one.
         rotate: largest block of the Hadamard transform of every linear's input, 0 for none.
+        spans: how many neighbouring groups of a row may share a step and an offset: (1, 2) lets
+            every row have groups of `group` or of twice that. Only two-level rows in groups can;
+            for others the preset's becomes (1,).
+        group: group size along K.
         lm_head: whether the output head is quantized too.
         exclude: name patterns of matrices that stay float.
         pins: name pattern → width for whole matrices.
@@ -79,10 +80,10 @@ class Options:
     bits: float | None = None
     preset: str = "best"
     widths: tuple[int, ...] = OF_PRESET
-    group: int = DEFAULT_GROUP
-    spans: tuple[int, ...] = (1,)
     family: str = OF_PRESET
     rotate: int = OF_PRESET
+    spans: tuple[int, ...] = OF_PRESET
+    group: int = DEFAULT_GROUP
     lm_head: bool = False
     exclude: tuple[str, ...] = ()
     pins: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -106,6 +107,8 @@ class Options:
         _one_of("preset", self.preset, tuple(PRESETS))
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is OF_PRESET:
+                if name == "spans" and not self._may_share(max(value)):
+                    value = (1,)
                 object.__setattr__(self, name, value)
         _one_of("lower", self.lower, LOWERS)
         for name in ("widths", "spans", "exclude", "disable"):
@@ -175,12 +178,16 @@ class Options:
     def _check_spans(self) -> None:
         if 1 not in self.spans or not set(self.spans) <= set(SPANS):
             raise OptionError(f"spans = {self.spans}: choose 1 and others of {SPANS}")
-        if max(self.spans) > 1 and (self.family != "two-level" or not self.group):
+        if not self._may_share(max(self.spans)):
             raise OptionError(
-                f"spans = {self.spans} need two-level rows in groups, not family {self.family!r} "
-                f"in groups of {self.group}"
+                f"spans = {self.spans} need two-level rows, whose longest groups have at most "
+                f"{MAX_GROUP} weights, not family {self.family!r} in groups of {self.group}"
             )
-        RowFormat(min(self.widths, default=8), self.group * max(self.spans), self.family)
+
+    def _may_share(self, span: int) -> bool:
+        """Whether rows may have groups of `span` times `group`."""
+        longer = self.family == "two-level" and 0 < self.group * span <= MAX_GROUP
+        return span == 1 or longer
 
     def planning_digest(self) -> str:
         """Hash of everything that decides which rows get which width."""

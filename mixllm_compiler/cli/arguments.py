@@ -61,7 +61,7 @@ Spans = Annotated[
     _option(
         "--spans",
         help="Group sizes that a two-level row may choose from, in units of --group, as in 1,2; "
-        "1 by default.",
+        "by default the preset's (1,2 or 1).",
         panel=_PLANNING,
     ),
 ]
