@@ -39,7 +39,7 @@ from mixllm_compiler.modules import PackedLinear
 from mixllm_compiler.options import Options
 from mixllm_compiler.passes.captured_model import CapturedModel, capture_model, even_batch
 from mixllm_compiler.passes.fold_rotation import fold_rotation
-from mixllm_compiler.passes.quantize_model import QuantizingRun, Recipe, Wanted, dequantized
+from mixllm_compiler.passes.quantize_model import QuantizingRun, Recipe, dequantized
 from mixllm_compiler.passes.scale_model import scale_model
 from mixllm_compiler.transforms.hadamard import block_for, block_hadamard
 
@@ -193,9 +193,8 @@ class Lab:
             batches = ids.split(even_batch(len(ids), max(1, min(_BATCH, len(ids) // 4))))
             options = Options(plan=plan, rotate=plan.rotation, quiet=True)
             self._captured[key] = capture_model(self.model, batches, options)
-        wanted = {n: Wanted(s.widths, s.group, s.family) for n, s in plan.sites.items()}
         curvature = None if scores is None else scores.curvature
-        run = runner(self._captured[key], wanted, plan.activation_mode, recipe, curvature)
+        run = runner(self._captured[key], plan.sites, plan.activation_mode, recipe, curvature)
         return run.run()
 
     def line(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ablations import show
 from lab import TEXTS, Case, arguments, parse, run_cases
-from mixllm_compiler.passes.quantize_model import QuantizingRun, Wanted
+from mixllm_compiler.allocation.plan import SitePlan
+from mixllm_compiler.passes.quantize_model import QuantizingRun
 from mixllm_compiler.quantizers.encode import Encoded
 from mixllm_compiler.quantizers.hessian import factorize
 from mixllm_compiler.quantizers.list_search import quantize_by_search, quantize_trellis
@@ -39,7 +40,7 @@ class TrellisRun(QuantizingRun):
     codes: ClassVar[dict[int, tuple[int, int]]]  # width → states, survivors
     gains: ClassVar[dict[int, float]]  # width → weight error of such rows over that of ours
 
-    def encode(self, w: Tensor, wanted: Wanted, widths: Tensor, h: Tensor, name: str) -> Encoded:
+    def encode(self, w: Tensor, wanted: SitePlan, widths: Tensor, h: Tensor, name: str) -> Encoded:
         """As the base class, but trellis rows carry levels: codes of one bit more."""
         factor = factorize(h, wanted.group, name, self.recipe.damping)
         left = torch.ones_like(widths, dtype=torch.bool)

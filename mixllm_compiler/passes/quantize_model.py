@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import compat
-from ..allocation.plan import Plan
+from ..allocation.plan import Plan, SitePlan
 from ..calibration.moments import Moments
 from ..calibration.segments import Segment, SegmentInterpreter, cut
 from ..errors import OptionError, PlanMismatch, UnsupportedModel, nearest
@@ -93,16 +93,6 @@ class Recipe:
         return self.refit and self.propagate
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a plan asks for one matrix."""
-
-    widths: Tensor
-    group: int
-    family: str
-    spans: Tensor | None = None
-
-
 @dataclass
 class _Group:
     """Linears that read one value, or the experts of a product.
@@ -134,7 +124,7 @@ class QuantizingRun:
     def __init__(
         self,
         captured: CapturedModel,
-        wanted: Mapping[str, Wanted],
+        wanted: Mapping[str, SitePlan],
         mode: str,
         recipe: Recipe,
         row_weights: Mapping[str, Tensor] | None = None,
@@ -334,7 +324,7 @@ class QuantizingRun:
         for matrix, part, plan in zip(matrices, parts, wanted, strict=True):
             self.weights[matrix.name] = part.stored(matrix.transform, plan.spans)
 
-    def encode(self, w: Tensor, wanted: Wanted, widths: Tensor, h: Tensor, name: str) -> Encoded:
+    def encode(self, w: Tensor, wanted: SitePlan, widths: Tensor, h: Tensor, name: str) -> Encoded:
         """Codes of W [N, K], for inputs of second moment H; `name` is for errors."""
         recipe, group, family = self.recipe, wanted.group, wanted.family
         if recipe.method == "rtn":
@@ -427,8 +417,7 @@ def quantize_model(
             f"the plan has {missing[0]} ({len(missing)} of {len(plan.sites)} in all), which is no "
             "linear of this model's captured graph"
         )
-    sites = {o: plan.sites[p] for o, p in names.items()}
-    wanted = {o: Wanted(s.widths, s.group, s.family, s.spans) for o, s in sites.items()}
+    wanted = {o: plan.sites[p] for o, p in names.items()}
     weights = {o: row_weights[p] for o, p in names.items() if row_weights and p in row_weights}
     run = QuantizingRun(captured, wanted, plan.activation_mode, recipe, weights)
     found = run.run(progress)

@@ -21,7 +21,6 @@ from mixllm_compiler.passes.quantize_experts import pairs
 from mixllm_compiler.passes.quantize_model import (
     QuantizingRun,
     Recipe,
-    Wanted,
     dequantized,
     quantize_model,
 )
@@ -70,8 +69,7 @@ def run_of(model: Any, plan: Plan, recipe: Recipe, batch: int = 4) -> Quantizing
     captured = capture_model(
         model, IDS.split(batch), Options(plan=plan, rotate=plan.rotation, quiet=True)
     )
-    wanted = {n: Wanted(s.widths, s.group, s.family) for n, s in plan.sites.items()}
-    return QuantizingRun(captured, wanted, plan.activation_mode, recipe)
+    return QuantizingRun(captured, plan.sites, plan.activation_mode, recipe)
 
 
 def inputs_of(model: Any, layer: int, expert: int) -> Tensor:

@@ -238,10 +238,9 @@ def test_settings_of_a_recipe_reach_the_codes():
     plan = plan_for("llama", 3, 4)
     options = Options(plan=plan, group=64, rotate=32, quiet=True)
     captured = module.capture_model(build("llama"), IDS.split(4), options)
-    wanted = {n: module.Wanted(s.widths, s.group, s.family) for n, s in plan.sites.items()}
 
     def made(**change):
-        run = QuantizingRun(captured, wanted, "token", Recipe(**change))
+        run = QuantizingRun(captured, plan.sites, "token", Recipe(**change))
         return torch.cat([w.dequantize().flatten() for w in run.run().values()])
 
     usual = made()
