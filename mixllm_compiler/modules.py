@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .errors import OptionError
 from .formats.layout import Layout, PackedWeight, pack, unpack
 from .formats.neutral import QuantizedWeight
+from .formats.plain import spans_of, with_spans
 from .ir import ops
 from .lowering import lowered
 from .lowering.select import KernelChoice, select
@@ -44,7 +45,7 @@ class PackedLinear(nn.Module):
         if mode not in ops.MODES:
             raise OptionError(f"unknown activation mode {mode!r}; modes are {ops.MODES}")
         packed = pack(weight, "plain.v1")
-        self.register_buffer("packed", packed.blob)
+        self.register_buffer("packed", with_spans(packed.blob, weight.spans))
         self.layout = str(packed.layout)
         self.mode = mode
         self.group = weight.group
@@ -87,7 +88,9 @@ class PackedLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The matrix in its neutral form."""
-        return unpack(PackedWeight(self.packed, Layout.parse(self.layout)))
+        layout = Layout.parse(self.layout)
+        spans = spans_of(self.packed, layout)
+        return unpack(PackedWeight(self.packed, layout)).sharing(spans)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.layout}, {self.mode}"

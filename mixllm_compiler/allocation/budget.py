@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import BudgetError, OptionError
-from .knapsack import Solution, Solver, cheapest, limits
+from .knapsack import Solution, Solver, cheapest, limits, lower_bound
 from .problem import Problem
 from .tiles import Items
 
@@ -113,3 +113,10 @@ class Budget:
         if self.kl is not None:
             return cheapest(items.loss, items.cost, self.in_loss(items), solver)
         return solver(items.loss, items.cost, self.in_bytes(problem, items))
+
+    def bound(self, problem: Problem, items: Items, price: float) -> float:
+        """What no allocation within the budget can go below, at any price of a byte above 0."""
+        if self.kl is None:
+            return lower_bound(items.loss, items.cost, self.in_bytes(problem, items), price)
+        target = self.in_loss(items)
+        return max(0.0, lower_bound(items.cost, items.loss, target, 1 / price) if price else 0.0)

@@ -148,7 +148,7 @@ def limits(loss: Tensor, cost: Tensor) -> tuple[int, int]:
     )
 
 
-def lower_bound(loss: Tensor, cost: Tensor, budget: int, price: float) -> float:
+def lower_bound(loss: Tensor, cost: Tensor, budget: float, price: float) -> float:
     """What no allocation within `budget` can go below, for any `price` ≥ 0 of a byte."""
     parts = [
         float((loss[rows].double() + price * cost[rows].double()).amin(1).sum())

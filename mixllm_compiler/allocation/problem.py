@@ -32,6 +32,9 @@ class Problem:
         cost: int64 [T, F] bytes of a stored row.
         allowed: bool [T, F], formats that rows of a tensor may have (if their loss is finite).
         pinned: bool [T], tensors whose width the user set.
+        row_cost: int32 [R, F] bytes of every row, where they differ within a tensor: rows of one
+            width have groups of their own sizes then (`group_sizes.fold`).
+        price: nats per token of a byte that they were chosen for.
     """
 
     formats: tuple[RowFormat, ...]
@@ -43,6 +46,8 @@ class Problem:
     cost: Tensor
     allowed: Tensor
     pinned: Tensor
+    row_cost: Tensor | None = None
+    price: float = 0.0
 
     @classmethod
     def build(

@@ -123,7 +123,10 @@ def cut(problem: Problem, found: Sequence[Region]) -> Items:
         sizes = torch.full((items, 1), tile)
         sizes[-1] = n - (items - 1) * tile
         losses.append(_padded(problem.loss[region.rows], tile).sum(1))
-        costs.append(sizes * problem.cost[region.tensor])
+        if problem.row_cost is None:
+            costs.append(sizes * problem.cost[region.tensor])
+        else:
+            costs.append(_padded(problem.row_cost[region.rows].long(), tile).sum(1))
         tensors.append(torch.full((items,), region.tensor))
         count += items
     made = Items(torch.cat(losses), torch.cat(costs), torch.cat(tensors), of_row)
@@ -149,6 +152,8 @@ def resort(problem: Problem, region: Region, choice: Tensor) -> Region:
     if region.tile == len(region.rows):
         return region
     loss = problem.loss[region.rows]
+    if problem.row_cost is not None:
+        loss = loss + problem.price * problem.row_cost[region.rows]
     chosen = choice.repeat_interleave(region.tile)[: len(loss)]
     short = int(chosen[-1])
     chosen = _exchange(loss, chosen, region.window)

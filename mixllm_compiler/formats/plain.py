@@ -2,7 +2,8 @@
 
 int32 [N] model row of every packed row, then per width, ascending:
 codes | scales | zero points | steps | offsets, those that the family has, each section padded to 16
-bytes.
+bytes. Every group has its step and its offset; which groups share them may be noted behind all that
+(`with_spans`), for whoever counts bits.
 """
 
 from __future__ import annotations
@@ -77,6 +78,18 @@ def unpack_plain(blob: Tensor, layout: Layout) -> QuantizedWeight:
     return QuantizedWeight(
         layout.n, layout.k, widths, rows, layout.group, layout.family, layout.transform
     )
+
+
+def with_spans(blob: Tensor, spans: Tensor | None) -> Tensor:
+    """A blob that also says how many groups of each row share a step and an offset, uint8 [N]."""
+    return blob if spans is None else torch.cat([blob, spans.to(blob.device)])
+
+
+def spans_of(blob: Tensor, layout: Layout) -> Tensor | None:
+    """uint8 [N] of `with_spans`; None if the blob was made without."""
+    sections = (math.prod(shape) * dtype.itemsize for _, _, dtype, shape in _sections(layout))
+    spans = blob[_aligned(4 * layout.n) + sum(map(_aligned, sections)) :]
+    return spans if spans.numel() else None
 
 
 PLAIN = register_packing(Packing(NAME, pack_plain, unpack_plain))

@@ -154,6 +154,7 @@ def _only_leaves(node: fx.Node) -> bool:
 def _bind_packed(graph: MixGraph) -> None:
     """Matrices of `PackedLinear` modules: their ops are in the graph already."""
     from ..formats.layout import Layout, PackedWeight
+    from ..formats.plain import spans_of
 
     for node in graph.calls(ops.MIXED_GEMM):
         blob = node.args[3]
@@ -164,6 +165,7 @@ def _bind_packed(graph: MixGraph) -> None:
         layout = Layout.parse(str(node.args[4]))
         matrix = Matrix(name, binding, layout.n, layout.k, kept_float="quantized module")
         matrix.packed = PackedWeight(binding.tensor, layout)
+        matrix.spans = spans_of(binding.tensor, layout)
         graph.matrices[name] = matrix
         annotate(node, QuantizedSite(name, "mixed_gemm"))
         for user in node.users:

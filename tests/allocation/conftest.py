@@ -32,9 +32,11 @@ def model() -> dict[str, Tensor]:
 def score() -> Callable[..., Scores]:
     """Scores from weight errors with a random importance per row."""
 
-    def score(weights, widths=(2, 3, 4, 5, 6, 8), group=32, only=None, **fields) -> Scores:
+    def score(
+        weights, widths=(2, 3, 4, 5, 6, 8), group=32, only=None, formats=None, **fields
+    ) -> Scores:
         draw = torch.Generator().manual_seed(1)
-        formats = tuple(RowFormat(b, group) for b in widths)
+        formats = formats or tuple(RowFormat(b, group) for b in widths)
         loss = {}
         for name in weights if only is None else only:
             w = weights[name]

@@ -16,7 +16,7 @@ IDS = token_ids(2, 40)
 
 def test_every_linear_has_its_rows_bits_and_kernel():
     model = build("llama")
-    (graph,) = mixllm_compiler.explain(model, IDS, options={"bits": 4.6}).graphs
+    (graph,) = mixllm_compiler.explain(model, IDS, options={"bits": 4.6, "spans": 1}).graphs
     lines = {line.name: line for line in graph.linears}
     assert lines.keys() == {*linear_modules(model), "lm_head"}
     for name, (_, n, k) in linear_modules(model).items():

@@ -85,9 +85,9 @@ def test_groups_that_differ_cannot_share():
     [
         ({"spans": (2,)}, "choose 1 and others"),
         ({"spans": (1, 3)}, "choose 1 and others"),
-        ({"spans": (1, 2), "family": "asym"}, "two-level rows in groups"),
-        ({"spans": (1, 2), "group": 0}, "two-level rows in groups"),
-        ({"spans": (1, 4), "group": 512}, "group size 2048"),
+        ({"spans": (1, 2), "family": "asym"}, "need two-level rows"),
+        ({"spans": (1, 2), "group": 0}, "need two-level rows"),
+        ({"spans": (1, 4), "group": 512}, "at most 1024 weights, not .* in groups of 512"),
     ],
 )
 def test_impossible_spans_are_refused(options, message):

@@ -178,7 +178,9 @@ class OracleExperts(nn.Module):
 def rounded(w: Tensor, site: SitePlan) -> Tensor:
     """Ŵ of a matrix that is rounded to nearest, float64."""
     two_level = site.family == "two-level"
-    made = quantize_rtn(w, site.widths, site.group, family=site.family, clip=two_level)
+    made = quantize_rtn(
+        w, site.widths, site.group, family=site.family, clip=two_level, spans=site.spans
+    )
     return made.dequantize(torch.float64)
 
 
