@@ -80,16 +80,24 @@ DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x
                 int pair, token0;
                 locate(item, pair, token0);
                 const int halves = min(2, w.tiles - 2 * pair);
-                for (int pass = 0; pass < S::PASSES; pass++)
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        if (half >= halves) break;
-                        const Columns to(w.order() + tile_of(pair, half) * TILE, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
-                        barrier_wait(out_full + 8 * half, rounds[half]++ & 1);
-                        store_chunk<TYPE, S::PASS, 3>(smem + S::OUT + half * S::OUT_BYTES, to, out, w.n, token0 + pass * S::PASS, x.m, warp - 1, lane);
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(out_empty + 8 * half);
+                const int *order0 = w.order() + tile_of(pair, 0) * TILE, *order1 = w.order() + tile_of(pair, 1) * TILE;
+                const int first0 = first_of_line(order0, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
+                const int first1 = first_of_line(order1, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
+                const auto to = places_of_pair<TYPE>(w.pairs() + 2 * TILE * pair, order0, halves == 2 ? order1 : nullptr,
+                                                     smem + S::OUT, S::OUT_BYTES, lane);
+                for (int pass = 0; pass < S::PASSES; pass++) {
+                    const int from = token0 + pass * S::PASS;
+                    for (int half = 0; half < halves; half++) barrier_wait(out_full + 8 * half, rounds[half]++ & 1);
+                    if (first0 < 0 || first1 < 0) {
+                        store_places<TYPE, S::PASS, 3>(to, out, w.n, from, x.m, warp - 1, lane);
+                    } else {
+                        for (int half = 0; half < halves; half++)
+                            store_line<TYPE, S::PASS, 3>(smem + S::OUT + half * S::OUT_BYTES, half ? first1 : first0, out, w.n, from, x.m, warp - 1, lane);
                     }
+                    __syncwarp();
+                    if (lane == 0)
+                        for (int half = 0; half < halves; half++) barrier_arrive(out_empty + 8 * half);
+                }
             }
         }
     } else {
