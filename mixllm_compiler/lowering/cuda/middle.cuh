@@ -18,7 +18,7 @@ DEVICE void middle_groups(int (&acc)[TOKENS / 2], u32 smem, u32 stage_bytes, u32
         u32 a[2][2][4];
         for (int i = 0; i < groups; i++) {
             barrier_wait(full + 8 * stage, phase);
-            multiply_group<BITS, TOKENS>(acc, a, smem + stage * stage_bytes, block(), warp, lane,
+            multiply_group<BITS, TOKENS>(acc, a, token_descriptor(smem + stage * stage_bytes), block(), warp, lane,
                                          [&]() { if (i > 0) free(previous); });
             advance();
         }
