@@ -9,8 +9,8 @@
         u8 [4][8][4]     t and c of row g, t and c of row g + 8; not for 8 bits
 
 T = tiles of all widths. Rows of one width keep their model order; the last tile of a width is
-filled up with rows of zeros. Blocks are contiguous, multiples of 128 bytes and aligned to that. Rows
-of the second of two tiles count from 64.
+filled up with rows of zeros. Blocks are contiguous, multiples of 128 bytes and aligned to that.
+Rows of the second of two tiles count from 64.
 
 **A lane's bytes are its fragments.** Weights are the operand A of `mma.m16n8k32` and of
 `wgmma.m64nNk32`, the features its rows. Warp w of a block has rows 16w … 16w + 15; its lane 4g + t

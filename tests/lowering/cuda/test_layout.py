@@ -127,7 +127,7 @@ def test_rows_scales_and_the_order_of_tiles_stand_in_front():
     assert sorted(schedule[:3].tolist()) == [0, 2, 4] and sorted(schedule[3:].tolist()) == [1, 3, 5]
 
 
-@pytest.mark.parametrize(("n", "odd"), [(300, False), (450, True)])
+@pytest.mark.parametrize("n, odd", [(300, False), (450, True)])
 def test_outputs_of_two_tiles_stand_in_ascending_order(n, odd):
     widths = torch.tensor([4, 8, 3], dtype=torch.uint8)[torch.arange(n) % 3]
     if odd:
