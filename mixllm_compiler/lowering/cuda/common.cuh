@@ -26,6 +26,7 @@ struct Weights {
     DEVICE const int* order() const { return reinterpret_cast<const int*>(blob); }
     DEVICE const float* scales() const { return reinterpret_cast<const float*>(blob) + TILE * tiles; }
     DEVICE const int* schedule() const { return reinterpret_cast<const int*>(blob) + 2 * TILE * tiles; }
+    DEVICE const u8* pairs() const { return reinterpret_cast<const u8*>(schedule() + (tiles + 31) / 32 * 32); }
 };
 
 struct Activations {

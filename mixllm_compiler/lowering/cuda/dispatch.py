@@ -102,8 +102,10 @@ _HOPPER = """
 middle:32,5,1,1,2,2,1 middle:32,8,1,1,1,2,2 middle:32,8,2,1,1,2,2 middle:32,12,1,1,1,1,4
 middle:32,8,1,1,2,1,2 middle:32,8,2,1,2,1,2 middle:32,5,4,1,3,1,1 middle:32,5,2,1,3,1,1
 middle:32,8,2,1,1,1,2 middle:32,8,1,1,1,2,1
+middle:64,4,4,0,2,2,1 middle:64,8,4,0,1,2,2
 middle:64,4,1,0,2,2,1 middle:64,8,1,0,1,2,2 middle:64,8,2,0,1,2,2 middle:64,12,1,0,1,1,4
 middle:64,6,1,0,2,1,2 middle:64,6,2,0,2,1,2 middle:64,4,4,0,3,1,1 middle:64,4,2,0,3,1,1
+middle:128,6,4,1,1,2,1
 middle:128,6,1,1,1,2,1 middle:128,6,2,1,1,2,1 middle:128,8,1,2,1,1,2 middle:128,8,2,2,1,1,2
 middle:128,4,1,2,2,1,1 middle:128,4,2,2,2,1,1 middle:128,4,4,2,2,1,1
 prefill:128,5,2 prefill:128,5,4 prefill:128,5,8 prefill:256,3,2 prefill:256,3,4 prefill:256,3,8

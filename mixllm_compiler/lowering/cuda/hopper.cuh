@@ -71,10 +71,9 @@ template <int BITS> DEVICE u32 load_meta(u32 block, int warp, int lane) {
 }
 
 // One group as a pipeline of two halves: the fragments of one are made while the other multiplies.
-// `landed` runs after the wait that ends all reading of the previous group.
+// b: descriptor of the tokens. `landed` runs after the wait that ends all reading of the previous group.
 template <int BITS, int N, class LANDED>
-DEVICE void multiply_group(int (&acc)[N / 2], u32 (&a)[2][2][4], u32 tokens, u32 block, int warp, int lane, LANDED landed) {
-    const u32 b = token_descriptor(tokens);
+DEVICE void multiply_group(int (&acc)[N / 2], u32 (&a)[2][2][4], u32 b, u32 block, int warp, int lane, LANDED landed) {
     u32 words[Code<BITS>::WORDS];
     const Steps steps(load_meta<BITS>(block, warp, lane));
 #pragma unroll

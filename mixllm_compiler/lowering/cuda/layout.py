@@ -3,12 +3,14 @@
     int32   [64 · T]     model row of every packed row, −1 for padding
     float32 [64 · T]     scale S of every packed row, 0 for padding
     int32   [T]          the tiles in the order of their mean model row; padded to 128 bytes
+    u8      [⌈T/2⌉][128] the rows of two tiles in that order, by ascending model row, padding last
     per width, ascending; per tile of 64 rows; per group:
         codes            [warp 4][piece][lane 32][16 bytes], then [warp 4] [lane 32][8 bytes] …
         u8 [4][8][4]     t and c of row g, t and c of row g + 8; not for 8 bits
 
 T = tiles of all widths. Rows of one width keep their model order; the last tile of a width is
 filled up with rows of zeros. Blocks are contiguous, multiples of 128 bytes and aligned to that.
+Rows of the second of two tiles count from 64.
 
 **A lane's bytes are its fragments.** Weights are the operand A of `mma.m16n8k32` and of
 `wgmma.m64nNk32`, the features its rows. Warp w of a block has rows 16w … 16w + 15; its lane 4g + t
@@ -44,6 +46,7 @@ GROUP = 128
 PADDING = -1
 _META_BYTES = 128
 _ROW_BYTES = 4 * TILE  # of one int32 or float32 a row, per tile
+_PAIR = 2 * TILE
 
 
 def tiles(rows: int) -> int:
@@ -62,8 +65,9 @@ def block_bytes(bits: int) -> int:
 
 
 def header_bytes(count: int) -> int:
-    """Bytes in front of the blocks of `count` tiles: rows, scales and the order of tiles."""
-    return 2 * _ROW_BYTES * count + math.ceil(4 * count / 128) * 128
+    """Bytes in front of the blocks of `count` tiles: rows, scales, the order of tiles and pairs."""
+    pairs = math.ceil(count / 2)
+    return 2 * _ROW_BYTES * count + math.ceil(4 * count / 128) * 128 + _PAIR * pairs
 
 
 @functools.lru_cache(maxsize=1024)
@@ -96,9 +100,9 @@ def pack_tiles(weight: QuantizedWeight) -> Tensor:
         blocks.append(_pack_width(rows, missing).flatten())
     order = torch.cat(orders)
     schedule = by_column(order)
-    schedule = torch.nn.functional.pad(schedule, (0, -schedule.numel() % (128 // 4)))
-    header = [order.view(torch.uint8), torch.cat(scales).view(torch.uint8)]
-    return torch.cat([*header, schedule.view(torch.uint8), *blocks])
+    padded = torch.nn.functional.pad(schedule, (0, -schedule.numel() % (128 // 4)))
+    header = (order, torch.cat(scales), padded, in_pairs(order, schedule).flatten())
+    return torch.cat([*(part.view(torch.uint8) for part in header), *blocks])
 
 
 def by_column(order: Tensor) -> Tensor:
@@ -107,6 +111,14 @@ def by_column(order: Tensor) -> Tensor:
     there = order.view(-1, TILE) != PADDING
     mean = (rows * there).sum(1) / there.sum(1)
     return torch.argsort(mean, stable=True).to(torch.int32)
+
+
+def in_pairs(order: Tensor, schedule: Tensor) -> Tensor:
+    """u8 [⌈T/2⌉, 128]: the rows of two tiles by ascending model row, padding behind them."""
+    rows = order.view(-1, TILE)[schedule.long()]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, len(rows) % 2), value=PADDING).view(-1, _PAIR)
+    last = torch.iinfo(torch.int32).max
+    return torch.where(rows == PADDING, last, rows).argsort(dim=1, stable=True).to(torch.uint8)
 
 
 def _pack_width(rows: RowCodes, missing: int) -> Tensor:

@@ -18,7 +18,7 @@ DEVICE void middle_groups(int (&acc)[TOKENS / 2], u32 smem, u32 stage_bytes, u32
         u32 a[2][2][4];
         for (int i = 0; i < groups; i++) {
             barrier_wait(full + 8 * stage, phase);
-            multiply_group<BITS, TOKENS>(acc, a, smem + stage * stage_bytes, block(), warp, lane,
+            multiply_group<BITS, TOKENS>(acc, a, token_descriptor(smem + stage * stage_bytes), block(), warp, lane,
                                          [&]() { if (i > 0) free(previous); });
             advance();
         }
@@ -166,7 +166,6 @@ DEVICE void middle(const TensorMap& map, const Weights& w, const Activations& x,
     const int tile = tile_of(half), row = tile * TILE + 16 * warp + g, first = token0 + part * S::MINE;
     const float s0 = w.scales()[row], s1 = w.scales()[row + 8];
     const float b0 = bias_at(out, w.order()[row]), b1 = bias_at(out, w.order()[row + 8]);
-    const Columns to(w.order() + tile * TILE, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
     const u32 chunk = smem + S::RECEIVED + warpgroup * (S::MINE * PITCH<TYPE>);
 #pragma unroll
     for (int i = 0; i < S::MINE / 8; i++) {
@@ -174,5 +173,5 @@ DEVICE void middle(const TensorMap& map, const Weights& w, const Activations& x,
         finish_octet<TYPE>(out, chunk, 8 * i, warp, lane, own + 4 * i, pair, s0, s1, b0, b1);
     }
     sync_threads(1 + warpgroup, 128);
-    store_chunk<TYPE, S::MINE>(chunk, to, out, w.n, first, x.m, warp, lane);
+    store_tile<TYPE, S::MINE>(chunk, w.order() + tile * TILE, out, w.n, first, x.m, warp, lane);
 }

@@ -86,7 +86,6 @@ DEVICE void stream_tokens(const Weights& w, const Activations& x, const Output& 
     const int row = tile * TILE + 16 * warp + g;
     const float s0 = w.scales()[row], s1 = w.scales()[row + 8];
     const float b0 = bias_at(out, w.order()[row]), b1 = bias_at(out, w.order()[row + 8]);
-    const Columns to(w.order() + tile * TILE, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
 #pragma unroll
     for (int first = 0; first < TOKENS; first += CHUNK) {
         __syncthreads();
@@ -106,6 +105,6 @@ DEVICE void stream_tokens(const Weights& w, const Activations& x, const Output& 
             put_octet<TYPE>(smem, 8 * q, warp, lane, y);
         }
         __syncthreads();
-        store_chunk<TYPE, CHUNK>(smem, to, out, w.n, token0 + first, x.m, warp, lane);
+        store_tile<TYPE, CHUNK>(smem, w.order() + tile * TILE, out, w.n, token0 + first, x.m, warp, lane);
     }
 }

@@ -4,6 +4,9 @@
 // item. Scattered to model order they take up to a third of the time of the products; so they take
 // nothing but the last item's.
 //
+// An item begins at the ring's first stage, whatever the last one left over: so stages are immediates in
+// the loop, whose instructions count as much as its products. Every stage has a parity of its own.
+//
 // CTAs go through the tiles in the order of their output columns, BAND token tiles at a time, so that
 // the stores of neighbouring rows meet in L2.
 template <int TOKENS, int STAGES, int TYPE> struct Prefill {
@@ -42,8 +45,7 @@ DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (warp == 0) {
             if (lane != 0) return;
-            int stage = 0;
-            u32 phase = 1;
+            u32 parity = ~0u;  // bit s: of stage s
             for (int item = blockIdx.x; item < items; item += gridDim.x) {
                 int pair, token0, group = 0;
                 locate(item, pair, token0);
@@ -63,14 +65,18 @@ DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x
 #pragma unroll 1
                     for (int i = 0; i < ahead; i++) load_tokens(i, i);
                     group = ahead;
-                    if (ahead == STAGES) phase = 0; else stage = ahead;
+                    parity ^= (1u << ahead) - 1;
                 }
 #pragma unroll 1
-                for (; group < w.groups; group++) {
-                    barrier_wait(empty + 8 * stage, phase);
-                    load_weights(stage, group);
-                    load_tokens(stage, group);
-                    if (++stage == STAGES) { stage = 0; phase ^= 1; }
+                for (; group < w.groups; group += STAGES) {
+#pragma unroll
+                    for (int s = 0; s < STAGES; s++) {
+                        if (group + s >= w.groups) break;
+                        barrier_wait(empty + 8 * s, parity >> s & 1);
+                        parity ^= 1u << s;
+                        load_weights(s, group + s);
+                        load_tokens(s, group + s);
+                    }
                 }
             }
         } else {
@@ -80,26 +86,35 @@ DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x
                 int pair, token0;
                 locate(item, pair, token0);
                 const int halves = min(2, w.tiles - 2 * pair);
-                for (int pass = 0; pass < S::PASSES; pass++)
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        if (half >= halves) break;
-                        const Columns to(w.order() + tile_of(pair, half) * TILE, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
-                        barrier_wait(out_full + 8 * half, rounds[half]++ & 1);
-                        store_chunk<TYPE, S::PASS, 3>(smem + S::OUT + half * S::OUT_BYTES, to, out, w.n, token0 + pass * S::PASS, x.m, warp - 1, lane);
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(out_empty + 8 * half);
+                const int *order0 = w.order() + tile_of(pair, 0) * TILE, *order1 = w.order() + tile_of(pair, 1) * TILE;
+                const int first0 = first_of_line(order0, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
+                const int first1 = first_of_line(order1, out, w.n, sizeof(typename Float<TYPE>::Raw), lane);
+                const auto to = places_of_pair<TYPE>(w.pairs() + 2 * TILE * pair, order0, halves == 2 ? order1 : nullptr,
+                                                     smem + S::OUT, S::OUT_BYTES, lane);
+                for (int pass = 0; pass < S::PASSES; pass++) {
+                    const int from = token0 + pass * S::PASS;
+                    for (int half = 0; half < halves; half++) barrier_wait(out_full + 8 * half, rounds[half]++ & 1);
+                    if (first0 < 0 || first1 < 0) {
+                        store_places<TYPE, S::PASS, 3>(to, out, w.n, from, x.m, warp - 1, lane);
+                    } else {
+                        for (int half = 0; half < halves; half++)
+                            store_line<TYPE, S::PASS, 3>(smem + S::OUT + half * S::OUT_BYTES, half ? first1 : first0, out, w.n, from, x.m, warp - 1, lane);
                     }
+                    __syncwarp();
+                    if (lane == 0)
+                        for (int half = 0; half < halves; half++) barrier_arrive(out_empty + 8 * half);
+                }
             }
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         const int half = warpgroup - 1, g = lane >> 2, t = lane & 3;
-        int stage = 0, turn = 0;
-        u32 phase = 0, round = 0;
+        const u32 tokens = token_descriptor(smem), block = smem + TOKENS * GROUP + half * SLOT;
+        int turn = 0;
+        u32 parity = 0, round = 0;  // bit s: of stage s
         wait_for_predecessor();
         for (int item = blockIdx.x; item < items; item += gridDim.x, turn ^= 1) {
-            int pair, token0, previous = 0;
+            int pair, token0;
             locate(item, pair, token0);
             const int tile = uniform(tile_of(pair, half));
             // Loaded now, needed after the products.
@@ -117,17 +132,20 @@ DEVICE void prefill(const TensorMap& map, const Weights& w, const Activations& x
             auto free = [&](int s) { if (lane == 0) barrier_arrive(empty + 8 * s); };
             by_width(w, tile, [&](auto bits, const u8*) {
                 u32 a[2][2][4];
-                for (int i = 0; i < w.groups; i++) {
-                    barrier_wait(full + 8 * stage, phase);
-                    const u32 at = smem + stage * S::STAGE;
-                    multiply_group<bits.value, TOKENS>(acc, a, at, at + TOKENS * GROUP + half * SLOT, warp, lane,
-                                                       [&]() { if (i > 0) free(previous); });
-                    previous = stage;
-                    if (++stage == STAGES) { stage = 0; phase ^= 1; }
+#pragma unroll 1
+                for (int i = 0; i < w.groups; i += STAGES) {
+#pragma unroll
+                    for (int s = 0; s < STAGES; s++) {
+                        if (i + s >= w.groups) break;
+                        barrier_wait(full + 8 * s, parity >> s & 1);
+                        parity ^= 1u << s;
+                        multiply_group<bits.value, TOKENS>(acc, a, tokens + s * (S::STAGE >> 4), block + s * S::STAGE, warp, lane,
+                                                           [&]() { if (i + s > 0) free((s + STAGES - 1) % STAGES); });
+                    }
                 }
                 wgmma_wait<0>();
             });
-            free(previous);
+            free((w.groups - 1) % STAGES);
             if (2 * pair + half >= w.tiles) continue;
 
             const int row = tile * TILE + 16 * warp + g;

@@ -127,6 +127,27 @@ def test_rows_scales_and_the_order_of_tiles_stand_in_front():
     assert sorted(schedule[:3].tolist()) == [0, 2, 4] and sorted(schedule[3:].tolist()) == [1, 3, 5]
 
 
+@pytest.mark.parametrize("n, odd", [(300, False), (450, True)])
+def test_outputs_of_two_tiles_stand_in_ascending_order(n, odd):
+    widths = torch.tensor([4, 8, 3], dtype=torch.uint8)[torch.arange(n) % 3]
+    if odd:
+        widths[-1], widths[-2] = 4, 4
+    packed = pack(random_weight(n, 128, widths), tiles.NAME)
+    count = sum(tiles.tiles(rows) for _, rows in packed.layout.widths)
+    order = packed.blob[: 256 * count].view(torch.int32).view(-1, 64)
+    schedule = packed.blob[512 * count :][: 4 * count].view(torch.int32).long()
+    pairs = (count + 1) // 2
+    at = tiles.header_bytes(count)
+    places = packed.blob[at - 128 * pairs : at].view(pairs, 128).long()
+    for p, found in enumerate(places):
+        assert sorted(found.tolist()) == list(range(128))
+        two = torch.full((128,), tiles.PADDING, dtype=torch.int32)
+        here = order[schedule[2 * p : 2 * p + 2]].flatten()
+        two[: len(here)] = here
+        rows = two[found][: int((two >= 0).sum())]
+        assert (rows >= 0).all() and (rows.diff() > 0).all()
+
+
 def test_other_families_and_groups_are_refused():
     with pytest.raises(LoweringError, match=r"rows in groups of 128, not .* groups of 64"):
         pack(random_weight(64, 128, torch.full((64,), 4), group=64), tiles.NAME)
