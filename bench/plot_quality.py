@@ -1,8 +1,9 @@
 """KL against true bits of everything that a quality bench measured, as an SVG.
 
-    python bench/plot_quality.py bench/results/quality-wiki-88m-h200.json docs/quality.svg
+    python bench/plot_quality.py bench/results/quality-wiki-88m-h200.json docs/quality.svg \\
+        --peers bench/results/peers-wiki-88m-h200.json
 
-Other libraries, if the file has some, have a mark each.
+Other libraries have a mark each.
 """
 
 from __future__ import annotations
@@ -31,23 +32,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, help="JSON of bench/quality.py")
     parser.add_argument("out", type=Path, help="SVG to write")
+    parser.add_argument("--peers", type=Path, help="JSON of other libraries, from the same bench")
     parser.add_argument("--text", default="wikitext2_test")
     args = parser.parse_args(argv)
-    content = json.loads(args.results.read_text(encoding="utf-8"))
-    write_whole(args.out, plot(content, args.text))
+    files = [args.results, *([args.peers] if args.peers else [])]
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    write_whole(args.out, plot(rows, args.text))
     return 0
 
 
-def plot(content: dict[str, Any], text: str) -> bytes:
+def plot(found: list[dict[str, Any]], text: str) -> bytes:
     """The SVG; the same results give the same bytes."""
     kl, spread = f"KL {text}", f"se {text}"
-    plans = [row for row in content["rows"] if "plan" in row and kl in row]
+    plans = [row for row in found if "plan" in row and kl in row]
     ours = sorted(
         (row for row in plans if row["plan"].startswith("ours at")),
         key=lambda row: row["true bits"],
     )
     peers: dict[str, list[dict[str, Any]]] = {}
-    for row in content["rows"]:
+    for row in found:
         if "peer" in row:
             peers.setdefault(method(row["peer"]), []).append(row)
     with mpl.rc_context(STYLE):

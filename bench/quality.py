@@ -100,8 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         bars, rows = [*bars, bar], [*rows, *fit]
     save(args, rows, bars, started)  # what follows takes long and may fail
     if args.peers:
-        rows += peer_rows(lab, args.peers)
-        save(args, rows, bars, started)
+        save(args, peer_rows(lab, args.peers), [], started, "peers")
     if args.compiled:
         bars.append(compiled_bar(lab, args.name))
     save(args, rows, bars, started)
@@ -110,7 +109,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def save(
-    args: argparse.Namespace, rows: list[dict[str, Any]], bars: list[Bar], started: float
+    args: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    bars: list[Bar],
+    started: float,
+    what: str = "quality",
 ) -> None:
     """Write what is there, unless this is a quick run."""
     if args.quick:
@@ -124,7 +127,7 @@ def save(
         "window": args.window,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_results(f"quality-{args.name}", rows, bars, device=args.device, extra=extra)
+    write_results(f"{what}-{args.name}", rows, bars, device=args.device, extra=extra)
 
 
 def ours(bits: float | str) -> Case:
@@ -270,7 +273,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--sweep", action="store_true", help="more budgets, and predicted against measured KL")
     add("--compiled", action="store_true", help="also compile a model and compare its KL")
-    add("--peers", type=Path, help="folder of weights that bench/peers.py wrote")
+    add("--peers", type=Path, help="folder of weights that bench/peers.py wrote; results apart")
     return parse(parser, argv)
 
 

@@ -3,7 +3,7 @@
     python -m mixllm_compiler.report.results_table README.md
 
 rewrites what stands between `<!-- results: bench/results/NAME.json -->` and `<!-- end -->`; with
-`NAME.json peers` it is the table of other libraries.
+`PEERS.json beside bench/results/NAME.json` it is the table of other libraries and our lines.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(r"(<!-- results: (\S+)( peers)? -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results: (\S+)(?: beside (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, root: Path) -> str:
     """A page with its tables made anew; result files are found from `root`."""
 
     def table(match: re.Match[str]) -> str:
-        content = json.loads((root / match[2]).read_text(encoding="utf-8"))
-        make = peers_table if match[3] else equal_bits_table
-        return f"{match[1]}{make(content)}\n{match[4]}"
+        found = [json.loads((root / name).read_text("utf-8")) for name in match.group(2, 3) if name]
+        made = peers_table(*found) if match[3] else equal_bits_table(*found)
+        return f"{match[1]}{made}\n{match[4]}"
 
     return _BLOCK.sub(table, page)
 
@@ -46,10 +46,10 @@ def equal_bits_table(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", _source(content)])
 
 
-def peers_table(content: Mapping[str, Any]) -> str:
+def peers_table(peers: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Other libraries' models and ours by true bits: KL on every text, seconds of quantizing."""
-    rows = [row for row in content["rows"] if row.get("plan", "ours").startswith("ours")]
-    rows = [row for row in rows if "true bits" in row]
+    rows = [row for row in ours["rows"] if row.get("plan", "").startswith("ours")]
+    rows += peers["rows"]
     texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
     head = ["", "package", "true bits", *(f"1000 KL, {text}" for text in texts), "seconds"]
     lines = [f"| {' | '.join(head)} |", "|---|---" + "|--:" * (2 + len(texts)) + "|"]
@@ -61,7 +61,7 @@ def peers_table(content: Mapping[str, Any]) -> str:
             cells.append(_kl({"KL": row[f"KL {text}"], "KL se": row[f"se {text}"]}))
         cells.append(f"{row['seconds']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _source(content)])
+    return "\n".join([*lines, "", _source(peers), "", f"Ours: {_source(ours)}"])
 
 
 def _source(content: Mapping[str, Any]) -> str:
