@@ -2,7 +2,7 @@
 
     int32   [64 · T]     model row of every packed row, −1 for padding
     float32 [64 · T]     scale S of every packed row, 0 for padding
-    int32   [T]          the tiles in the order of their mean model row; padded to 128 bytes
+    int32   [T]          the order in which tiles are computed, see `schedule`; padded to 128 bytes
     u8      [⌈T/2⌉][128] the rows of two tiles in that order, by ascending model row, padding last
     per width, ascending; per tile of 64 rows; per group:
         codes            [warp 4][piece][lane 32][16 bytes], then [warp 4] [lane 32][8 bytes] …
@@ -44,6 +44,7 @@ NAME = "cuda64.v1"
 TILE = 64
 GROUP = 128
 PADDING = -1
+_WINDOW = 1024  # outputs whose stores should meet in L2; plans keep a tile's rows within as many
 _META_BYTES = 128
 _ROW_BYTES = 4 * TILE  # of one int32 or float32 a row, per tile
 _PAIR = 2 * TILE
@@ -99,23 +100,27 @@ def pack_tiles(weight: QuantizedWeight) -> Tensor:
         scales.append(torch.nn.functional.pad(rows.scales, (0, missing)))
         blocks.append(_pack_width(rows, missing).flatten())
     order = torch.cat(orders)
-    schedule = by_column(order)
-    padded = torch.nn.functional.pad(schedule, (0, -schedule.numel() % (128 // 4)))
-    header = (order, torch.cat(scales), padded, in_pairs(order, schedule).flatten())
+    turns = schedule(order)
+    padded = torch.nn.functional.pad(turns, (0, -turns.numel() % (128 // 4)))
+    header = (order, torch.cat(scales), padded, in_pairs(order, turns).flatten())
     return torch.cat([*(part.view(torch.uint8) for part in header), *blocks])
 
 
-def by_column(order: Tensor) -> Tensor:
-    """int32 [T]: tiles whose rows lie close together in the output follow each other."""
+def schedule(order: Tensor) -> Tensor:
+    """int32 [T]: windows of the output one after the other, inside one the widths.
+
+    Tiles of a window store into the same lines. Of two tiles that share a CTA the slower one sets
+    the pace, so they should be of one width; tiles are stored by width.
+    """
     rows = order.view(-1, TILE).double()
     there = order.view(-1, TILE) != PADDING
     mean = (rows * there).sum(1) / there.sum(1)
-    return torch.argsort(mean, stable=True).to(torch.int32)
+    return torch.argsort(mean // _WINDOW, stable=True).to(torch.int32)
 
 
-def in_pairs(order: Tensor, schedule: Tensor) -> Tensor:
+def in_pairs(order: Tensor, turns: Tensor) -> Tensor:
     """u8 [⌈T/2⌉, 128]: the rows of two tiles by ascending model row, padding behind them."""
-    rows = order.view(-1, TILE)[schedule.long()]
+    rows = order.view(-1, TILE)[turns.long()]
     rows = torch.nn.functional.pad(rows, (0, 0, 0, len(rows) % 2), value=PADDING).view(-1, _PAIR)
     last = torch.iinfo(torch.int32).max
     return torch.where(rows == PADDING, last, rows).argsort(dim=1, stable=True).to(torch.uint8)

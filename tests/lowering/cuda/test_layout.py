@@ -122,9 +122,17 @@ def test_rows_scales_and_the_order_of_tiles_stand_in_front():
         assert (order[2 * i + 1, 36:] == tiles.PADDING).all()
         assert torch.equal(scales[2 * i : 2 * i + 2].flatten()[:100], weight.row_codes(bits).scales)
         assert (scales[2 * i + 1, 36:] == 0).all()
-    schedule = packed.blob[12 * 256 :][: 6 * 4].view(torch.int32)
-    # First tiles of all widths before their second ones: rows 0…191 before 192…299.
-    assert sorted(schedule[:3].tolist()) == [0, 2, 4] and sorted(schedule[3:].tolist()) == [1, 3, 5]
+    turns = packed.blob[12 * 256 :][: 6 * 4].view(torch.int32)
+    assert turns.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_tiles_take_turns_by_window_and_inside_by_width():
+    widths = torch.tensor([4, 8], dtype=torch.uint8).repeat_interleave(512).repeat(3)
+    packed = pack(random_weight(3072, 128, widths), tiles.NAME)
+    turns = packed.blob[2 * 256 * 48 :][: 4 * 48].view(torch.int32).view(3, 2, 8).tolist()
+    for window, (fours, eights) in enumerate(turns):
+        assert fours == list(range(8 * window, 8 * window + 8))
+        assert eights == [24 + tile for tile in fours]
 
 
 @pytest.mark.parametrize("n, odd", [(300, False), (450, True)])
