@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #define __device__
 #define __forceinline__ inline
@@ -81,7 +81,7 @@ static int __reduce_add_sync(unsigned, int v) {
 }
 
 template <class KERNEL> static void run_grid(KERNEL kernel, int grid, int threads) {
-    static std::vector<char> stacks(1024 << 17);
+    const std::unique_ptr<char[]> stacks(new char[(size_t)threads << 17]);  // not written: pages come as used
     static KERNEL* entry;
     entry = &kernel;
     blockDim.x = threads;
@@ -90,7 +90,7 @@ template <class KERNEL> static void run_grid(KERNEL kernel, int grid, int thread
         for (int t = 0; t < threads; t++) {
             done[t] = false;
             getcontext(&contexts[t]);
-            contexts[t].uc_stack.ss_sp = stacks.data() + ((size_t)t << 17);
+            contexts[t].uc_stack.ss_sp = stacks.get() + ((size_t)t << 17);
             contexts[t].uc_stack.ss_size = 1 << 17;
             contexts[t].uc_link = &scheduler;
             makecontext(&contexts[t], +[] { (*entry)(); done[running] = true; }, 0);
