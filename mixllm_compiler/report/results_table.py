@@ -3,7 +3,7 @@
     python -m mixllm_compiler.report.results_table README.md
 
 rewrites what stands between `<!-- results: bench/results/NAME.json -->` and `<!-- end -->`; with
-`NAME.json peers` it is the table of other libraries.
+`NAME.json peers` it is the table of other libraries, with `NAME.json speeds` that of whole models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(r"(<!-- results: (\S+)( peers)? -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results: (\S+)(?: (peers|speeds))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, root: Path) -> str:
@@ -23,7 +23,7 @@ def filled(page: str, root: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         content = json.loads((root / match[2]).read_text(encoding="utf-8"))
-        make = peers_table if match[3] else equal_bits_table
+        make = {"peers": peers_table, "speeds": speeds_table}.get(match[3], equal_bits_table)
         return f"{match[1]}{make(content)}\n{match[4]}"
 
     return _BLOCK.sub(table, page)
@@ -60,6 +60,22 @@ def peers_table(content: Mapping[str, Any]) -> str:
         for text in texts:
             cells.append(_kl({"KL": row[f"KL {text}"], "KL se": row[f"se {text}"]}))
         cells.append(f"{row['seconds']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(content)])
+
+
+def speeds_table(content: Mapping[str, Any]) -> str:
+    """Whole models: bits of decoder, head and both, KL on every text, tokens per second."""
+    rows = content["rows"]
+    texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
+    bits, speeds = ("decoder bits", "head bits", "true bits"), ("prefill", "decode")
+    head = ["", *bits, *(f"1000 KL, {text}" for text in texts), *(f"{s} tokens/s" for s in speeds)]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for row in rows:
+        cells = [row["variant"], *(f"{row[key]:.2f}" for key in bits)]
+        for text in texts:
+            cells.append(_kl({"KL": row[f"KL {text}"], "KL se": row[f"se {text}"]}))
+        cells += [f"{row[f'{speed} tokens/s']:,.0f}" for speed in speeds]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _source(content)])
 
