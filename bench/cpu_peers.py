@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -277,7 +277,7 @@ def version(package: str) -> str | None:
 def show(console: Console, rows: dict[str, dict[str, Any]], made: list[Bar]) -> None:
     """The table, and what was reached."""
     columns = [name for name in rows[FLOAT] if not name.startswith(("se", "perplexity"))]
-    table = Table("variant", *columns)
+    table = Table(Column("variant", no_wrap=True), *columns)
     for label, line in rows.items():
         table.add_row(label, *(str(line[name]) for name in columns))
     console.print(table)
