@@ -67,15 +67,20 @@ class Steps:
 
     def prefill(self) -> Tensor:
         self.cache.reset()
-        return self._call(self.prompt, torch.arange(PROMPT))
+        self.at = PROMPT
+        return self._call(self.prompt)
 
     def decode(self) -> Tensor:
-        self.at = PROMPT + (self.at + 1 - PROMPT) % (CACHE - PROMPT)
-        return self._call(self.next, torch.tensor([self.at]))
+        """One token behind the prompt, or behind those before it; call `prefill` first."""
+        if self.at == CACHE:  # start over: the cache counts its tokens itself
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(PROMPT)
+            self.at = PROMPT
+        self.at += 1
+        return self._call(self.next)
 
-    def _call(self, ids: Tensor, positions: Tensor) -> Tensor:
-        more = {"cache_position": positions, "logits_to_keep": 1}
-        return self.run(ids, past_key_values=self.cache, **more).logits
+    def _call(self, ids: Tensor) -> Tensor:
+        return self.run(ids, past_key_values=self.cache, logits_to_keep=1).logits
 
 
 def variants(name: str | None, dtype: torch.dtype) -> dict[str, tuple[Steps, float]]:

@@ -3,7 +3,8 @@
     python -m mixllm_compiler.report.results_table README.md
 
 rewrites what stands between `<!-- results: bench/results/NAME.json -->` and `<!-- end -->`; with
-`PEERS.json beside bench/results/NAME.json` it is the table of other libraries and our lines.
+`PEERS.json beside bench/results/NAME.json` it is the table of other libraries and our lines, with
+`NAME.json speeds` that of whole models.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(r"(<!-- results: (\S+)(?: beside (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- results: (\S+)(?: beside (\S+)| (speeds))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def filled(page: str, root: Path) -> str:
@@ -23,8 +26,11 @@ def filled(page: str, root: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         found = [json.loads((root / name).read_text("utf-8")) for name in match.group(2, 3) if name]
-        made = peers_table(*found) if match[3] else equal_bits_table(*found)
-        return f"{match[1]}{made}\n{match[4]}"
+        if match[3]:
+            made = peers_table(*found)
+        else:
+            made = speeds_table(*found) if match[4] else equal_bits_table(*found)
+        return f"{match[1]}{made}\n{match[5]}"
 
     return _BLOCK.sub(table, page)
 
@@ -62,6 +68,22 @@ def peers_table(peers: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         cells.append(f"{row['seconds']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _source(peers), "", f"Ours: {_source(ours)}"])
+
+
+def speeds_table(content: Mapping[str, Any]) -> str:
+    """Whole models: bits of decoder, head and both, KL on every text, tokens per second."""
+    rows = content["rows"]
+    texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
+    bits, speeds = ("decoder bits", "head bits", "true bits"), ("prefill", "decode")
+    head = ["", *bits, *(f"1000 KL, {text}" for text in texts), *(f"{s} tokens/s" for s in speeds)]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for row in rows:
+        cells = [row["variant"], *(f"{row[key]:.2f}" for key in bits)]
+        for text in texts:
+            cells.append(_kl({"KL": row[f"KL {text}"], "KL se": row[f"se {text}"]}))
+        cells += [f"{row[f'{speed} tokens/s']:,.0f}" for speed in speeds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(content)])
 
 
 def _source(content: Mapping[str, Any]) -> str:
