@@ -316,7 +316,7 @@ class QuantizingRun:
         spans = [torch.ones_like(p.widths) if p.spans is None else p.spans for p in wanted]
 
         def coded_rows(rows: Tensor | slice, group: int) -> Encoded:
-            longer = replace(wanted[0], group=group)
+            longer = replace(wanted[0], group=group, spans=None)
             return self.encode(w[rows], longer, widths[rows], h, matrices[0].name)
 
         coded = by_span(torch.cat(spans).to(w.device), wanted[0].group, coded_rows)
