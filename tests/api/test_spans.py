@@ -64,7 +64,7 @@ def test_weights_are_as_small_as_planned(plan, method):
 def test_the_longest_groups_are_512():
     scores = mixllm_compiler.score(model(), IDS, spans=(1, 4), widths=(3, 4))
     plan = mixllm_compiler.plan(scores, bits=3.7, tile=1)
-    weights = quantize_model(model(), plan, IDS, batch=4)
+    weights = quantize_model(model(), plan, IDS, Recipe(), batch=4)
     assert true_bits(weights.values()) == pytest.approx(plan.true_bits)
 
 
